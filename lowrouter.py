@@ -1,0 +1,1561 @@
+# SPDX-License-Identifier: MIT
+"""A client for the LowRouter gateway in one file: a whole answer or an error, a key that cannot leak.
+
+    answer = lowrouter.chat("In one sentence, what is a vector database?")
+    print(answer.text, answer.eco)
+
+    with lowrouter.stream("Count to 5 slowly") as stream:
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+
+Settings come from the arguments of `Client`, then from the environment, where empty means unset:
+LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL, LOWROUTER_CACHE_DIR; HTTPS_PROXY,
+HTTP_PROXY, NO_PROXY; SSL_CERT_FILE, SSL_CERT_DIR, then REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
+
+The rooms stand in the order of the data, and each uses only what stands above it:
+
+    messages -> body -> call -> blocks of bytes -> lines -> events -> Chunk, Chunk, ... -> Completion
+
+Facts about the gateway are marked [seed] (its curl page), [docs] (another page of its documentation)
+or [assumption] (not documented). A copy of this file is whole: the licence and the version go along.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import email.utils
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import socket
+import ssl
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+import warnings
+
+TYPE_CHECKING = False  # true for type checkers, so that `typing` is never imported
+if TYPE_CHECKING:
+    from email.message import Message
+    from typing import Any, Callable, Dict, Iterable, Iterator
+
+    _Object = Dict[str, Any]
+else:
+    _Object = dict
+
+__version__ = "0.1.0"
+__all__ = """chat stream models generation request curl Client Completion Chunk Stream LowRouterError
+    ConfigError APIConnectionError APITimeoutError APIStatusError AuthenticationError NotFoundError
+    InsufficientCreditsError PermissionDeniedError RateLimitError NoProviderError BadResponseError
+    StreamError RouteMismatchError main""".split()  # fmt: skip
+
+# ---- constants: every number with its unit and its reason -----------------------------------------
+
+_BASE_URL = "https://lowrouter.ai/api/v1"  # [seed]
+_MODEL = "lowrouter/auto"  # the gateway's default route [seed]
+_TIMEOUT = 600.0  # seconds; an answer that is not streamed is silent for minutes
+_CONNECT_SECONDS = 10.0  # TCP, CONNECT and TLS together; a live host needs a fraction
+_ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
+_SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
+_IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
+_KEEPALIVE_SECONDS = 60  # between TCP probes; NAT gateways forget a silent connection in 350 s
+_FOREVER = 1e6  # seconds, 11 days: more than any wait, less than the 2**31 ms that poll() takes
+_BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
+_RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
+_RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)  # those that pass by waiting [assumption]
+_POLL = (0.25, 1.0)  # seconds between looks for a record that is not written yet, as above
+_CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
+_BLOCK = 1 << 16  # bytes read at once: four TLS records
+_SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
+_ERROR_LIMIT = 1 << 16  # bytes of an error's body
+_EVENT_LIMIT = 1 << 24  # bytes of a line or an event of a stream: an image in base64 fits
+_ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
+
+
+# ---- answers: plain data --------------------------------------------------------------------------
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+class _Answer(_Object):
+    """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
+
+    #: The response headers; look-ups ignore case: `headers["X-Credit-Balance"]` [docs].
+    headers: Message | None = None
+
+    def _choice(self) -> dict[str, Any]:
+        choices = list(map(_dict, _list(self.get("choices"))))
+        at = (choice for i, choice in enumerate(choices) if choice.get("index", i) in (0, None))
+        return next(at, {})
+
+    def _part(self, name: str) -> Any:
+        choice = self._choice()
+        return _dict(choice["delta"] if "delta" in choice else choice.get("message")).get(name)
+
+    def _routed(self, name: str) -> Any:
+        value = _dict(self.get("lowrouter")).get(name)  # in the block, else in a header [docs]
+        if value is None and self.headers is not None:
+            value = self.headers.get("X-LowRouter-" + name.replace("_", "-"))
+        return value
+
+    @property
+    def text(self) -> str:
+        """The text of choice 0, "" when there is none."""
+        content = self._part("content")
+        texts = [_dict(part).get("text") for part in _list(content)] or [content]
+        return "".join(text for text in texts if isinstance(text, str))
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought aloud, "" when that is not told."""
+        thought = self._part("reasoning") or self._part("reasoning_content")
+        return thought if isinstance(thought, str) else ""
+
+    @property
+    def tool_calls(self) -> list[Any]:
+        """The tool calls of choice 0 as OpenAI's dicts, [] when there are none."""
+        return _list(self._part("tool_calls"))
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why choice 0 ended: "stop", "length", "tool_calls", ...; None while it goes on."""
+        return self._choice().get("finish_reason")
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """Token counts, and `cost` where it is given; None when the gateway gave no usage."""
+        return _dict(self.get("usage")) or None
+
+    @property
+    def model(self) -> str | None:
+        """The model that answered: the resolved one, not the string that was sent [docs]."""
+        return self.get("model")
+
+    @property
+    def generation_id(self) -> Any:
+        """What `generation()` looks up: an opaque str, None when the gateway named none [docs]."""
+        return self._routed("generation_id")
+
+    @property
+    def provider(self) -> Any:
+        """The id of the upstream provider, a str or None [docs]."""
+        return self._routed("provider")
+
+    @property
+    def region(self) -> Any:
+        """The region that answered, a str or None [docs]."""
+        return self._routed("region")
+
+    @property
+    def eco(self) -> dict[str, Any] | None:
+        """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None when absent [docs]."""
+        return _dict(_dict(self.get("lowrouter")).get("eco")) or None
+
+
+class Completion(_Answer):
+    """A whole answer: OpenAI's `chat.completion` object with the `lowrouter` block [docs]."""
+
+
+class Chunk(_Answer):
+    """One piece of a streamed answer: OpenAI's `chat.completion.chunk` object."""
+
+
+# ---- errors: whose fault it is, what to do, and what can be saved; all of them pickle -------------
+
+
+class LowRouterError(Exception):
+    """Base of every error of this module; keyword arguments become attributes.
+
+    `completion` is what had been handed out or received, None before the first chunk.
+    `message`, `code` and `body` are what the gateway said, `generation_id` is its id of the call.
+    """
+
+    completion: Completion | None = None
+    message: str | None = None
+    code: str | int | None = None
+    body: Any = None
+    generation_id: str | None = None
+    _again = False  # whether the same request may be sent once more
+
+    def __init__(self, message: str = "", /, **details: Any) -> None:
+        super().__init__(message)  # the message alone, since pickle rebuilds the error from `args`
+        self.__dict__.update(details)
+
+
+class ConfigError(LowRouterError, ValueError):
+    """Your side: a setting or an argument that cannot be used. Nothing was sent."""
+
+
+class APIConnectionError(LowRouterError, ConnectionError):
+    """The road: no connection, or it was lost before an answer."""
+
+
+class APITimeoutError(APIConnectionError, TimeoutError):
+    """The road took too long; `phase` is "connect", "response", "idle" or "deadline"."""
+
+    phase: str = "deadline"
+
+
+class APIStatusError(LowRouterError):
+    """The gateway said no: HTTP `status`, `headers`, `request_id`; `retry_after` is in seconds."""
+
+    status: int = 0
+    headers: Message | None = None
+    request_id: str | None = None
+    retry_after: float | None = None
+
+
+class AuthenticationError(APIStatusError):
+    """401: the key is missing, wrong, expired or disabled."""
+
+
+class InsufficientCreditsError(APIStatusError):
+    """402: no credits left, or the key's limit is reached."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the key may not use this model or region."""
+
+
+class NotFoundError(APIStatusError):
+    """404: no such model, id or path."""
+
+
+class RateLimitError(APIStatusError):
+    """429: too many requests."""
+
+
+class NoProviderError(APIStatusError):
+    """503: no provider is available; with a pinned route that is final, never relaxed [seed]."""
+
+
+class BadResponseError(LowRouterError):
+    """Not what was promised: HTML from a proxy, cut JSON, an error object in a 200, a redirect."""
+
+
+class StreamError(BadResponseError):
+    """A stream that was cut or failed after it had started; `completion` holds what came."""
+
+
+class RouteMismatchError(LowRouterError):
+    """The answer came from another region or provider than the pinned one."""
+
+
+_STATUS_ERRORS = {
+    401: (AuthenticationError, "check LOWROUTER_API_KEY"),
+    402: (InsufficientCreditsError, "top up the account or raise the key's limit"),
+    403: (PermissionDeniedError, "the key's policy must allow this model and region"),
+    404: (NotFoundError, "check the model, the id and that the base URL has one /v1"),
+    429: (RateLimitError, "send more slowly"),
+    503: (NoProviderError, "try later, or ask for another region or provider"),
+}
+
+
+def _line(text: Any) -> str:
+    """Foreign text, as a part of a one-line message."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split())[:300])
+
+
+def _loads(text: str) -> Any:
+    """Parse JSON; whatever is wrong with it is a ValueError."""
+    try:
+        return json.loads(text[text.startswith("\ufeff") :])
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(type(error).__name__) from None
+
+
+def _said(body: Any) -> dict[str, Any]:
+    """The message and code of an error body, whose shape is not documented [assumption]."""
+    error = _dict(body).get("error") or body
+    message = (
+        _dict(error).get("message") or _dict(error).get("detail") or _dict(body).get("message")
+    )
+    message = str(error if isinstance(error, str) else message or "")
+    code = _dict(error).get("code") or _dict(error).get("type")
+    html = message.lstrip().startswith("<")  # which says less than the status
+    return {"message": "" if html else message, "code": code, "body": body}
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds from a Retry-After header, a number or a date; None for anything else."""
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value or ""):
+        return min(float(value or 0), _FOREVER)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value or "").timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _status_error(
+    host: str, status: int, reason: str, headers: Message, text: str
+) -> APIStatusError:
+    """The error for an answer with a status of 400 or above."""
+    advice = "try later" if status >= 500 else "change the request"
+    kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
+    try:
+        said = _said(_loads(text))
+    except ValueError:
+        said = _said(text)
+    said["message"] = said["message"] or reason
+    error = kind(f"{host} answered {status}: {_line(said['message'])} ({advice})", **said)
+    error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
+    error.generation_id = headers.get("X-LowRouter-Generation-ID")
+    error.retry_after = _retry_after(headers.get("Retry-After"))
+    error._again = status in _RETRY_STATUSES and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
+    return error
+
+
+# ---- request: what is sent; pure, and the only room that knows paths and headers ------------------
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_ELSEWHERE = ("api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http")
+_OUR_HEADERS = (
+    *("authorization", "proxy-authorization", "host", "content-type", "content-length", "te"),
+    *("transfer-encoding", "accept-encoding", "connection", "expect", "upgrade"),
+)
+
+
+def _json_bytes(body: Any) -> bytes:
+    try:
+        return _encode(body).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
+
+
+def _chat_body(messages: Any, stream: bool, model: str, route: Any, options: Any) -> dict[str, Any]:
+    """The JSON body of a chat call; `options` without `timeout` and `deadline` are its fields."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    odd = [each for each in _list(messages) if not isinstance(each, dict)] or [messages]
+    if not isinstance(messages, list) or odd[0] is not messages:
+        raise ConfigError(f"messages must be a str or a list of dicts, not {type(odd[0]).__name__}")
+    for name in set(_ELSEWHERE).intersection(options):
+        raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
+    if options.get("stream") not in (None, stream):
+        raise TypeError("chat() does not stream: call stream(), which always does")
+    body = {"model": model, "messages": messages, "route": route}
+    body.update({name: value for name, value in options.items() if value is not None})
+    if not isinstance(body["route"] or {}, dict):
+        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
+    if stream:
+        body = {"stream_options": {"include_usage": True}, **body, "stream": True}
+    return {k: v for k, v in body.items() if v is not None and k not in ("timeout", "deadline")}
+
+
+def _pins(body: dict[str, Any], headers: dict[str, str]) -> dict[str, str]:
+    """The region and provider that the answer must come from; the body wins [assumption]."""
+    pins = {name.lower()[len("x-lowrouter-") :]: value for name, value in headers.items()}  # [docs]
+    pins.update(_dict(body.get("route")))
+    return {
+        k: v for k, v in pins.items() if k in ("region", "provider") and v and isinstance(v, str)
+    }
+
+
+def _headers(netloc: str, key: str, has_body: bool) -> dict[str, str]:
+    agent = f"lowrouter/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]}"
+    headers = {"Host": netloc, "Authorization": "Bearer " + key, "User-Agent": agent}  # [seed]
+    headers.update({"Accept": "*/*", "Accept-Encoding": "identity"})  # as curl does
+    return {**headers, "Content-Type": "application/json"} if has_body else headers  # [seed]
+
+
+def _generation_path(generation_id: str) -> str:
+    """The id as one path segment [seed]; it is opaque, so any text will do that is not a folder."""
+    if not isinstance(generation_id, str) or generation_id in ("", ".", ".."):
+        raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
+    return "/generation/" + urllib.parse.quote(generation_id, safe="", errors="replace")
+
+
+def _any_path(path: str) -> str:
+    """A path below the base URL; what cannot stand in a URL is percent-encoded."""
+    if not isinstance(path, str) or "://" in path.partition("?")[0]:
+        raise ConfigError(f"a path below the base URL is meant, such as /providers, not {path!r}")
+    return "/" + urllib.parse.quote(path.lstrip("/"), safe="/?&=%:@!$'()*+,;~", errors="replace")
+
+
+def _extra_headers(headers: dict[str, str] | None) -> dict[str, str]:
+    """The caller's own headers, checked, since http.client would quote a bad one in its error."""
+    for name, value in (headers or {}).items():
+        if (
+            not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", str(name), re.A)
+            or name.lower() in _OUR_HEADERS
+        ):
+            raise ConfigError(f"headers: {name!r} is no header name, or the client sets it itself")
+        if not isinstance(value, str) or not re.fullmatch(r"[\t\x20-\x7e]*", value):
+            raise ConfigError(f"headers: the value of {name} must be printable ASCII")
+    return dict(headers or {})
+
+
+def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
+    """A call as a curl command for a POSIX shell, which reads the key from the environment."""
+    from shlex import quote
+
+    lines = [" ".join(["curl", *map(quote, flags), quote(url)])]
+    lines += [
+        '-H "Authorization: Bearer $LOWROUTER_API_KEY"',
+        "-H 'Content-Type: application/json'",
+    ]
+    lines += ["-H " + quote(f"{name}: {value}") for name, value in headers.items()]
+    return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
+
+
+# ---- settings: arguments first, then the environment; the only room that reads it, and the key ----
+
+_VARIABLES = (
+    *("LOWROUTER_API_KEY", "LOWROUTER_API_KEY_FILE", "LOWROUTER_BASE_URL", "LOWROUTER_CACHE_DIR"),
+    *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"),
+    *("REQUEST_METHOD", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
+
+
+def _seconds(name: str, value: Any, above: float = -math.inf) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not above < value < math.inf:
+        least = "" if above < 0 else f" above {above}"
+        raise ConfigError(f"{name} must be a finite number of seconds{least}, not {value!r}")
+    return min(float(value), _FOREVER)
+
+
+class _Key:
+    """The API key; a mounted file is read again when it has changed, since secrets are rotated."""
+
+    def __init__(self, api_key: str | None) -> None:
+        self.file, self.stamp, self.value = "", (0, 0, 0), ""
+        for source, key in (("api_key", api_key), ("LOWROUTER_API_KEY", None)):
+            self.value = self.value or self.checked(source, key or os.environ.get(source) or "")
+        self.file = "" if self.value else os.environ.get("LOWROUTER_API_KEY_FILE", "")
+        if not self.current():
+            raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
+
+    def __repr__(self) -> str:
+        return f"'...{self.value[-4:] if len(self.value) > 8 else ''}'"
+
+    @staticmethod
+    def checked(source: str, key: str) -> str:
+        bad = re.search(r"[^!-~]", key.strip())  # CI secrets end in a newline
+        if bad:
+            raise ConfigError(f"the API key from {source} has a bad character at {bad.start() + 1}")
+        return key.strip()
+
+    def current(self) -> str:
+        """The key as of now, "" when there is none."""
+        try:
+            if self.file:
+                state = os.stat(self.file)
+                stamp = (state.st_mtime_ns, state.st_ino, state.st_size)
+                if stamp != self.stamp:
+                    with open(self.file, encoding="utf-8-sig", errors="replace") as file:
+                        self.value = self.checked(self.file, file.read(_ERROR_LIMIT)) or self.value
+                    self.stamp = stamp
+        except OSError as error:
+            if not self.value:  # else it is just being replaced, and the one we have still serves
+                reason = f"{self.file} cannot be read: {error.strerror}"
+                raise ConfigError(f"LOWROUTER_API_KEY_FILE: {reason}") from None
+        return self.value
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bypassed(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names the host: `*`, a name or suffix, an address or a CIDR block, a port."""
+    import ipaddress
+
+    for entry in no_proxy.replace(",", " ").lower().split():
+        match = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
+        name = (match[1] if match else entry).strip("[]")
+        if match and int(match[2]) != port:
+            continue
+        if name == "*" or ("." + host).endswith("." + (name.lstrip("*.") or "?")):
+            return True
+        try:
+            if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):
+                return True
+        except ValueError:
+            pass  # one of them is a name
+    return False
+
+
+def _trust(ca_file: Any) -> tuple[str | None, str | None]:
+    """The CA file and directory that are used instead of the system's."""
+    get = os.environ.get
+    file = os.fspath(ca_file) if ca_file else get("SSL_CERT_FILE")
+    directory = None if ca_file else get("SSL_CERT_DIR")
+    if not file and not directory:
+        file = get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
+    return (None, file) if file and os.path.isdir(file) else (file or None, directory or None)
+
+
+class _Gateway:
+    """Where the calls go: the checked base URL, the proxy on the way, the CAs that are trusted."""
+
+    def __init__(self, base_url: str, allow_http: bool, ca_file: Any) -> None:
+        try:
+            parts = urllib.parse.urlsplit(base_url.strip())
+            self.host = (parts.hostname or "").encode("idna").decode("ascii")
+            self.tls, self.port = parts.scheme == "https", parts.port or 0
+        except (ValueError, AttributeError):
+            raise ConfigError(f"the base URL {base_url!r} has no valid host and port") from None
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ConfigError("the base URL must have no user, password, query or fragment")
+        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", self.host):
+            raise ConfigError(f"the base URL must look like {_BASE_URL}, not {base_url!r}")
+        if not (self.tls or allow_http or _is_loopback(self.host)):
+            remedy = "use https, or allow_http=True (--allow-http)"
+            raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
+        self.netloc = f"[{self.host}]" if ":" in self.host else self.host
+        self.netloc += f":{self.port}" if self.port else ""
+        path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+        self.url = f"{parts.scheme}://{self.netloc}{path}"
+        self.target = self.netloc if self.port else f"{self.netloc}:443"  # for CONNECT
+        self.port = self.port or (443 if self.tls else 80)
+        self.proxy = self.find_proxy(parts.scheme)
+        through = f" (through the proxy {self.proxy[0]}:{self.proxy[1]})" if self.proxy else ""
+        self.name = self.host + through  # for messages
+        self.ca_file, self.ca_directory = _trust(ca_file)
+
+    def find_proxy(self, scheme: str) -> tuple[str, int, str] | None:
+        """Host, port and Basic credentials of the proxy; loopback never goes through one."""
+        proxies = urllib.request.getproxies_environment()
+        url, no_proxy = proxies.get(scheme, "").strip(), proxies.get("no", "")
+        if not url or _is_loopback(self.host) or _bypassed(self.host, self.port, no_proxy):
+            return None
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+            host, port = parts.hostname or "", parts.port or 80
+        except ValueError:
+            host = ""
+        if not re.fullmatch(r"[!-~]+", host) or parts.scheme != "http":
+            raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port")
+        login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
+        encoded = base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
+        return host, port, "Basic " + encoded if "@" in parts.netloc else ""
+
+
+# ---- clock: how long one call may still wait ------------------------------------------------------
+
+
+class _Clock:
+    """The end of a call's present phase and of the whole call, in seconds of the monotonic clock.
+
+    A socket's own time-out starts anew with each byte; so everything that waits asks here first.
+    """
+
+    def __init__(self, timeout: float, deadline: float | None) -> None:
+        self.timeout = timeout
+        self.end = time.monotonic() + (_FOREVER if deadline is None else deadline)
+        self.enter("connect")
+
+    def enter(self, phase: str) -> None:
+        """Begin to wait: "connect", "response" or "idle", the silence in a body."""
+        most = _CONNECT_SECONDS if phase == "connect" else _FOREVER
+        self.phase, self.until = phase, time.monotonic() + min(self.timeout, most)
+
+    def left(self) -> float:
+        """Seconds for the next wait, always above 0."""
+        left = min(self.until, self.end) - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
+
+    def pause(self, seconds: float) -> bool:
+        """Sleep, unless that would end past the deadline."""
+        if time.monotonic() + seconds >= self.end:
+            return False
+        time.sleep(seconds)
+        return True
+
+
+# ---- transport: the only room that touches the network or sleeps; only our errors leave it --------
+#
+# A `_Call` goes out over a kept connection, else over a new one: through TLS a new one costs three
+# round trips and 30 ms of CPU, a kept one a single round trip. The call owns its connection while
+# the answer is read; it gives it back at the end of the body and hangs up in every other case.
+
+_FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
+
+
+class _Socket(io.RawIOBase):
+    """The receiving end of a socket; before every wait it asks the clock of the present call."""
+
+    def __init__(self, sock: socket.socket, clock: _Clock) -> None:
+        self.sock, self.clock, self.pid = sock, clock, os.getpid()
+        self.waits = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.pid != os.getpid():
+            raise OSError("this connection belongs to the process that was forked")
+        self.sock.settimeout(self.clock.left() if self.waits else 0)
+        return self.sock.recv_into(buffer)
+
+
+class _Wire(io.BufferedReader):
+    """What http.client takes for its socket and its file: one buffer as long as the connection.
+
+    http.client closes its file after each answer and its socket before a last one; but what came
+    behind an answer must be seen, and a last one read. So `close` does nothing, `hang_up` closes.
+    """
+
+    def __init__(self, sock: socket.socket, clock: _Clock) -> None:
+        self.source = _Socket(sock, clock)
+        self.idle_since = (0.0, 0.0)  # seconds, by the monotonic and the wall clock
+        super().__init__(self.source, _BLOCK)
+
+    def __del__(self) -> None:
+        self.hang_up()
+
+    def makefile(self, mode: str) -> _Wire:
+        return self
+
+    def close(self) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        self.source.sock.close()
+
+    def wake(self) -> None:
+        """End the wait of another thread for this socket, as closing alone does not."""
+        with contextlib.suppress(OSError):  # it may be closed already
+            if self.source.pid == os.getpid():  # a forked child must not end its parent's stream
+                self.source.sock.shutdown(socket.SHUT_RDWR)
+
+    def sendall(self, data: bytes) -> None:
+        view, sock, clock = memoryview(data), self.source.sock, self.source.clock
+        for start in range(0, len(view), _SEND_BLOCK):
+            sock.settimeout(clock.left())
+            sock.sendall(view[start : start + _SEND_BLOCK])
+            clock.enter("response")  # each block ends a wait; the last begins that for the answer
+
+    def fresh(self) -> bool:
+        """Whether it can be used again: not idle for long, and nothing came, not even the end.
+
+        The monotonic clock stands still while a Lambda sandbox is frozen, the wall clock does not.
+        """
+        idle = max(time.monotonic() - self.idle_since[0], time.time() - self.idle_since[1])
+        self.source.waits = False
+        try:
+            self.peek(1)  # whatever is there, nobody asked for it
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return idle <= _IDLE_SECONDS
+        except (OSError, ValueError):
+            return False
+        finally:
+            self.source.waits = True
+        return False
+
+
+class _Response(http.client.HTTPResponse):
+    """Waits through 102 and 103 too, where http.client skips 100 alone."""
+
+    def begin(self) -> None:
+        super().begin()
+        while 101 < self.status < 200:
+            self.headers = self.msg = None  # type: ignore[assignment]  # or begin() does nothing
+            super().begin()
+
+
+class _Connection(http.client.HTTPConnection):
+    """An HTTPConnection over a wire that stands already."""
+
+    response_class = _Response
+    debuglevel = 0  # whatever the program sets for all of them: http.client would print the key
+    sock: Any  # a `_Wire`
+
+
+class _Call(urllib.request.Request):
+    """One request, and its answer while that is read."""
+
+    def __init__(
+        self, gateway: _Gateway, key: str, method: str, path: str, body: Any = None
+    ) -> None:
+        data = None if body is None else _json_bytes(body)
+        super().__init__(gateway.url + path, data, method=method)
+        for name, value in _headers(gateway.netloc, key, data is not None).items():
+            self.add_unredirected_header(name, value)
+        if gateway.proxy and not gateway.tls:
+            self.set_proxy(f"{gateway.proxy[0]}:{gateway.proxy[1]}", "http")
+            if gateway.proxy[2]:
+                self.add_unredirected_header("Proxy-Authorization", gateway.proxy[2])
+        self.gateway, self.key, self.clock = gateway, key, _Clock(_TIMEOUT, None)
+        self.idempotent = method in ("GET", "HEAD")
+        self.pins: dict[str, str] = {}
+        self.wire: Any = None  # that of the connection, as long as the call owns it
+        self.keep: Callable[[_Connection], None]
+        self.connection: _Connection
+        self.streams = self.sent = self.abandoned = False
+
+    def scrub(self, value: Any) -> Any:
+        """`value` without the key."""
+        if isinstance(value, dict):
+            return {self.scrub(name): self.scrub(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.scrub, value))
+        return value.replace(self.key, "[key]") if isinstance(value, str) else value
+
+    def clean(self, error: LowRouterError) -> LowRouterError:
+        """Take the key out of all that the error quotes; the answer itself stays as it came."""
+        completion, error.completion = error.completion, None
+        error.args, error.__dict__ = self.scrub(error.args), self.scrub(vars(error))
+        error.completion = completion
+        return error
+
+    def failure(self, cause: Exception) -> LowRouterError:
+        """Our error for what the standard library raised, by the phase in which it did."""
+        if isinstance(cause, LowRouterError):
+            return cause
+        clock, again = self.clock, self.idempotent or self.clock.phase == "connect"
+        kind: type[LowRouterError] = APIConnectionError
+        what = {
+            "connect": "cannot be reached",
+            "response": "gave no answer",
+            "idle": "cut its answer",
+        }
+        reason = _line(cause) or type(cause).__name__
+        if isinstance(cause, (socket.timeout, TimeoutError)):
+            phase = "deadline" if clock.end <= clock.until else clock.phase
+            kind, reason = APITimeoutError, f"time-out ({phase})"
+        elif clock.phase == "idle":
+            kind = StreamError if self.streams else BadResponseError
+        elif clock.phase == "response" and not isinstance(cause, OSError):
+            kind = BadResponseError
+        elif isinstance(cause, ssl.SSLCertVerificationError):
+            again, trusted = (
+                False,
+                self.gateway.ca_file or self.gateway.ca_directory or "the system's CAs",
+            )
+            reason = (
+                f"its certificate was checked against {trusted} and refused: {cause.verify_message}"
+            )
+            reason += "; SSL_CERT_FILE names the file of a private CA"
+        if self.sent and not again:
+            reason += "; it may have been billed, so it is not sent again"
+        error = kind(f"{self.gateway.name} {what[clock.phase]}: {reason}", _again=again)
+        if isinstance(error, APITimeoutError):
+            error.phase = phase
+        return error
+
+    def exchange(self, connection: _Connection) -> _Call:
+        """Send the request and read the head of the answer."""
+        self.connection, self.wire, self.sent = connection, connection.sock, False
+        self.wire.source.clock, unsent = self.clock, None
+        self.clock.enter("response")
+        try:
+            connection.request(
+                self.get_method(), self.selector, self.data, dict(self.header_items())
+            )
+            self.sent = True
+        except (ConnectionError, ssl.SSLError) as error:
+            unsent = error  # it may have said why, 413 say, and closed before it had read all
+        try:
+            self.response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise unsent or error from None
+        for name, value in self.response.headers.items():
+            if self.key in value:
+                self.response.headers.replace_header(name, self.scrub(value))
+        self.clock.enter("idle")
+        return self
+
+    def check(self) -> None:
+        """Raise unless the gateway said yes, in the framing and the coding that were asked for."""
+        status, headers, name = self.response.status, self.response.headers, self.gateway.name
+        if status >= 400:
+            error = _status_error(name, status, self.response.reason, headers, self.error_text())
+            error._again &= not (status == 503 and self.pins)
+            raise error
+        if not 200 <= status < 300:
+            target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
+            host = _line(target[1].rpartition("@")[2]) if target else "another path"
+            reason = "the key is sent to the gateway only: check the base URL"
+            raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
+        coding = (
+            headers.get("Content-Encoding", "identity"),
+            headers.get("Transfer-Encoding", "chunked"),
+        )
+        lengths = set(headers.get_all("Content-Length", ["0"]))
+        if (
+            ",".join(coding).lower() != "identity,chunked"
+            or len(lengths) > 1
+            or not lengths.pop().isdigit()
+        ):
+            raise BadResponseError(
+                f"{name} sent an answer in an encoding unasked for: is it a proxy's?"
+            )
+
+    def read(self) -> bytes:
+        """Return bytes as soon as there are some, and b"" at the true end of the body."""
+        response = self.response
+        try:
+            block = response.read1(_BLOCK)  # read(n) would wait for n bytes
+            # http.client takes a body short of its length for whole, and -5 for the size of a chunk
+            if (response.length and not block) or (
+                response.chunked and (response.chunk_left or 0) < 0
+            ):
+                raise http.client.IncompleteRead(b"")
+        except _FOREIGN as cause:
+            self.close()
+            raise self.failure(cause) from None
+        if not block:
+            response.close()  # before 3.13 a body that was read by read1 never counts as closed
+            wire, self.wire = self.wire, None
+            if self.sent and not response.will_close and not self.abandoned:
+                self.keep(self.connection)
+            else:
+                wire.hang_up()
+        return block
+
+    def close(self) -> None:
+        """Hang up, unless the connection was given back."""
+        if self.wire:
+            self.wire.hang_up()
+
+    def abandon(self) -> None:
+        """Let another thread, which may be waiting for this answer, find its end."""
+        self.abandoned, wire = True, self.wire
+        if wire:
+            wire.wake()
+
+    def settle(self) -> None:
+        """After the last event: keep the connection if the body ends now."""
+        self.clock.end = min(self.clock.end, time.monotonic() + _SETTLE_SECONDS)
+        with contextlib.suppress(LowRouterError):
+            self.read()
+        self.close()
+
+    def fill(self, body: bytearray, limit: int) -> None:
+        """Read the body to its end into `body`; any byte ends a silence."""
+        for block in iter(self.read, b""):
+            self.clock.enter("idle")
+            body += block
+            if len(body) > limit:
+                raise BadResponseError(f"{self.gateway.name} sent more than {limit >> 10} KiB")
+
+    def error_text(self) -> str:
+        """What can be had of an error's body in a few seconds; the status is the news."""
+        body, end = bytearray(), self.clock.end
+        self.clock.end = min(end, time.monotonic() + _ERROR_SECONDS)
+        with contextlib.suppress(LowRouterError):
+            self.fill(body, _ERROR_LIMIT)
+        self.clock.end = end
+        return body[:_ERROR_LIMIT].decode("utf-8", "replace")
+
+    def json(self, first: bytes = b"") -> Any:
+        """The body, of which `first` was read already, as JSON; None where there is none (204)."""
+        body, text, headers = bytearray(first), "", self.response.headers
+        try:
+            self.fill(body, _ANSWER_LIMIT)
+            text = body.decode("utf-8")
+            if not text and (headers.get("Content-Length") == "0" or self.response.status == 204):
+                return None
+            body.clear()  # an answer of 50 MB is in memory twice, not three times
+            data = _loads(text)
+        except LowRouterError as error:
+            error.body = body[:_ERROR_LIMIT].decode("utf-8", "replace")
+            raise
+        except ValueError:
+            text = (text or body.decode("utf-8", "replace"))[:_ERROR_LIMIT]
+            what = (
+                "HTML: a proxy answered, not LowRouter" if text.lstrip()[:1] == "<" else "no JSON"
+            )
+            raise BadResponseError(f"{self.gateway.name} sent {what}", body=text) from None
+        if "generation_id" not in _dict(data) and _dict(data).get("error"):
+            said = _said(data)
+            raise BadResponseError(f"{self.gateway.name} failed: {_line(said['message'])}", **said)
+        return data
+
+
+def _dial(host: str, port: int, clock: _Clock) -> socket.socket:
+    """Try the addresses in turn, each with its share of the time, since one may be dead."""
+    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    clock.enter("connect")  # not before, since nothing bounds the resolver
+    failure = OSError("the name has no address")
+    for number, (*_, address) in enumerate(addresses):
+        try:
+            share = clock.left() / (len(addresses) - number)
+            sock = socket.create_connection((str(address[0]), int(address[1])), share)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+            return sock
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _open_tunnel(sock: socket.socket, target: str, login: str, clock: _Clock) -> None:
+    """Ask the proxy for a way to `target`; of the API key it sees nothing."""
+    credentials = f"Proxy-Authorization: {login}\r\n" if login else ""
+    sock.settimeout(clock.left())
+    sock.sendall(
+        f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{credentials}\r\n".encode("ascii")
+    )
+    wire: Any = _Wire(sock, clock)
+    answer = _Response(wire, method="HEAD")
+    answer.begin()
+    if answer.status == 407:
+        raise APIConnectionError(
+            "the proxy wants a user and password (407): put them into HTTPS_PROXY"
+        )
+    if not 200 <= answer.status < 300:
+        raise OSError(f"the proxy answered {answer.status} {answer.reason}")
+
+
+class _Transport(urllib.request.BaseHandler):
+    """Sends calls over kept connections, last in first out, and tries again where that is safe.
+
+    `list.append` and `list.pop` need no lock. The list belongs to one process: a forked child
+    closes its copies, which its parent does not notice.
+    """
+
+    def __init__(self, gateway: _Gateway, max_retries: int) -> None:
+        from threading import Lock  # not at the top: nobody else needs it at import
+
+        self.gateway, self.max_retries, self.lock = gateway, max_retries, Lock()
+        self.idle: list[_Connection] = []
+        self.pid, self.closed = os.getpid(), False
+        self.context: ssl.SSLContext | None = None
+        self.opener = urllib.request.OpenerDirector()  # without any handler but this one
+        self.opener.add_handler(self)
+
+    def close(self) -> None:
+        """Hang up what is idle; what is in use follows when it is given back."""
+        self.closed = True
+        while self.idle:
+            self.idle.pop().sock.hang_up()
+
+    def keep(self, connection: _Connection) -> None:
+        connection.sock.idle_since = (time.monotonic(), time.time())
+        if self.closed or connection.sock.source.pid != self.pid:
+            connection.sock.hang_up()
+        else:
+            self.idle.append(connection)
+
+    def kept(self) -> _Connection | None:
+        """A kept connection that is still good."""
+        if self.pid != os.getpid():
+            self.pid, parents, self.idle = os.getpid(), self.idle, []
+            for connection in parents:
+                connection.sock.hang_up()
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = self.idle.pop()
+                if connection.sock.fresh():
+                    return connection
+                connection.sock.hang_up()
+        return None
+
+    def tls(self) -> ssl.SSLContext:
+        """The one context of this client: loading the CAs takes 20 ms."""
+        file, directory = self.gateway.ca_file, self.gateway.ca_directory
+        with self.lock:
+            if self.context is None:
+                try:
+                    os.stat(directory or file or ".")  # OpenSSL takes a folder that is not there
+                    self.context = ssl.create_default_context(cafile=file, capath=directory)
+                except (OSError, ValueError) as error:
+                    raise ConfigError(
+                        f"the CA file {file or directory} is no use: {error}"
+                    ) from None
+                self.context.set_alpn_protocols(["http/1.1"])
+            return self.context
+
+    def connect(self, clock: _Clock) -> _Connection:
+        """TCP, CONNECT where there is a proxy, TLS."""
+        gateway = self.gateway
+        context = self.tls() if gateway.tls else None
+        host, port, login = gateway.proxy or (gateway.host, gateway.port, "")
+        sock = _dial(host, port, clock)
+        try:
+            if context and gateway.proxy:
+                _open_tunnel(sock, gateway.target, login, clock)
+            if context:
+                sock.settimeout(clock.left())
+                sock = context.wrap_socket(sock, server_hostname=gateway.host)
+        except BaseException:
+            sock.close()
+            raise
+        connection = _Connection(gateway.host, gateway.port)
+        connection.sock = _Wire(sock, clock)
+        return connection
+
+    def http_open(self, call: _Call) -> _Call:
+        """What the opener calls. A kept connection may die at any time: then a new one, once."""
+        call.keep, connection = self.keep, self.kept()
+        if connection:
+            try:
+                return call.exchange(connection)
+            except (ConnectionError, ssl.SSLError):
+                call.close()
+                if call.sent and not call.idempotent:
+                    raise
+        return call.exchange(self.connect(call.clock))
+
+    https_open = http_open
+
+    def send(self, call: _Call, take: Callable[[_Call], Any]) -> Any:
+        """Send the call until it is answered, and return what `take` makes of it."""
+        pause, longest = _BACKOFF
+        for tries_left in range(self.max_retries, -1, -1):
+            try:
+                call.clock.enter("connect")
+                call.clock.left()
+                self.opener.open(call)
+                call.check()
+                return take(call)
+            except _FOREIGN as cause:
+                call.close()
+                error = call.clean(call.failure(cause))
+            wait = getattr(error, "retry_after", None)
+            wait = pause * random.uniform(0.75, 1) if wait is None else wait
+            if not tries_left or not error._again or not call.clock.pause(wait):
+                raise error
+            pause = min(pause * 2, longest)
+
+
+# ---- server-sent events: blocks -> lines -> events; the WHATWG rules, knowing neither JSON nor us --
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
+    """Split at LF, CR and CRLF and nowhere else, then decode, so that no character is ever cut."""
+    rest: list[bytes] = []
+    size, after_cr, codec = 0, False, "utf-8-sig"  # one BOM may lead
+    for block in blocks:
+        if after_cr and block.startswith(b"\n"):
+            block = block[1:]  # the other half of a CRLF
+        after_cr = block.endswith(b"\r")
+        end = max(block.rfind(b"\n"), block.rfind(b"\r")) + 1
+        rest.append(block[:end] if end else block)
+        size += len(block)
+        if end:
+            text = b"".join(rest).decode(codec, "replace")
+            rest, size, codec = [block[end:]], len(block) - end, "utf-8"
+            if "\r" in text:
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            yield from text[:-1].split("\n")
+        elif size > _EVENT_LIMIT:
+            raise StreamError(f"a line of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
+    text = b"".join(rest).decode(codec, "replace")
+    if text:
+        yield text
+
+
+def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (event, data) where there is data; an unfinished last event counts too [assumption]."""
+    event, data, size = "", [], 0
+    for line in itertools.chain(lines, [""]):
+        name, _, value = line.partition(":")
+        if name == "data":
+            data.append(value[1:] if value.startswith(" ") else value)
+            size += len(value)
+            if size > _EVENT_LIMIT:
+                raise StreamError(f"an event of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
+        elif name == "event":
+            event = value.strip()
+        elif not line:
+            if data:
+                yield event, "\n".join(data)
+            event, data, size = "", [], 0
+
+
+# ---- assembly: events -> chunks -> completion; pure, and the only room that knows choices[].delta --
+
+_ROUTED = ("generation_id", "provider", "region")
+_PIECES = frozenset(("content", "reasoning", "reasoning_content", "refusal", "arguments"))
+
+
+def _slot(kept: dict[str, Any], name: str, kind: Any) -> Any:
+    """The part of `kept` that grows, made when it is first needed."""
+    if not isinstance(kept.get(name), kind):
+        kept[name] = kind()
+    return kept[name]
+
+
+def _merge(kept: dict[str, Any], piece: dict[str, Any], depth: int = 4) -> None:
+    """Add a delta: texts grow, lists are extended, dicts are merged, the last other value counts."""
+    for name, value in piece.items():
+        if name in _PIECES and isinstance(value, str):
+            _slot(kept, name, io.StringIO).write(value)  # += would copy the whole text each time
+        elif name == "tool_calls":
+            calls = _slot(kept, name, dict)  # by index, else by id, else the last one
+            for call in map(_dict, _list(value)):
+                known = [str(call[key]) for key in ("index", "id") if call.get(key) is not None]
+                place = (known or list(calls)[-1:] or ["0"])[0]
+                _merge(calls.setdefault(place, {}), call, depth - 1)
+        elif isinstance(value, list):
+            _slot(kept, name, list).extend(value)
+        elif isinstance(value, dict) and depth:
+            _merge(_slot(kept, name, dict), value, depth - 1)
+        elif value not in (None, "") or name not in kept:
+            kept[name] = value
+
+
+def _plain(value: Any, depth: int = 8) -> Any:
+    """What `_merge` has put together, as plain data that does not change any more."""
+    if isinstance(value, io.StringIO):
+        return value.getvalue()
+    if isinstance(value, dict) and depth:
+        calls = value.get("tool_calls")
+        plain = {name: _plain(each, depth - 1) for name, each in value.items()}
+        if isinstance(calls, dict):
+            plain["tool_calls"] = [_plain(call, depth - 2) for call in calls.values()]
+        return plain
+    return list(value) if isinstance(value, list) else value
+
+
+class _Assembly:
+    """Puts the chunks of a stream together into the completion that chat() would have given."""
+
+    def __init__(self, headers: Message) -> None:
+        self.headers, self.done = headers, False
+        self.fields: dict[str, Any] = {}  # what is said of the answer as a whole
+        self.choices: dict[int, dict[str, Any]] = {}
+        self.routed = {n: headers.get("X-LowRouter-" + n.replace("_", "-")) for n in _ROUTED}
+        self.whole: Completion | None = None  # when the gateway did not stream at all
+
+    def add(self, chunk: Chunk) -> None:
+        usage = chunk.get("usage") or self.fields.get("usage")
+        self.fields.update(chunk)
+        if usage:
+            self.fields["usage"] = usage
+        if "lowrouter" in chunk:
+            self.routed.update(_dict(chunk["lowrouter"]))
+        for position, choice in enumerate(map(_dict, _list(chunk.get("choices")))):
+            index = choice.get("index")
+            index = index if isinstance(index, int) else position
+            kept = self.choices.setdefault(
+                index, {"index": index, "message": {"role": "assistant"}}
+            )
+            for name, value in choice.items():
+                if name == "delta" or (name == "message" and "delta" not in choice):
+                    _merge(kept["message"], _dict(value))
+                elif value is not None and name not in ("index", "message"):
+                    _merge(kept, {name: value})
+
+    def complete(self) -> bool:
+        """Whether nothing of the answer can be missing, except usage and eco."""
+        reasons = [choice.get("finish_reason") for choice in self.choices.values()]
+        return self.done or (bool(reasons) and all(reasons) and "error" not in reasons)
+
+    def completion(self) -> Completion:
+        """The answer as far as it has come."""
+        completion = Completion(self.whole or self.fields)
+        completion.headers = self.headers
+        if self.whole is None and self.fields:
+            routed = {name: value for name, value in self.routed.items() if value is not None}
+            choices = [_plain(choice) for _, choice in sorted(self.choices.items())]
+            completion.update({"object": "chat.completion", "choices": choices})
+            completion.update({"lowrouter": routed} if routed else {})
+        return completion
+
+
+def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[Chunk]:
+    """Yield a chunk for each event until [DONE]; an error in the stream is raised."""
+    for event, data in events:
+        if data.strip() == "[DONE]":
+            assembly.done = True
+            return
+        try:
+            chunk = Chunk(_dict(_loads(data)))
+            chunk.headers = assembly.headers
+            assembly.add(chunk)
+        except (ValueError, RecursionError, MemoryError):
+            chunk = Chunk()
+        choices = map(_dict, _list(chunk.get("choices")))
+        failed = chunk.get("error") or any(each.get("finish_reason") == "error" for each in choices)
+        if failed or event == "error":
+            said = _said(chunk or data)
+            raise StreamError(f"the gateway failed in the stream: {_line(said['message'])}", **said)
+        if chunk:
+            yield chunk
+        elif data.strip() and event in ("", "message"):  # other events are not for us [assumption]
+            raise StreamError(f"the stream was cut, or is not LowRouter's: {_line(data[:80])}")
+
+
+# ---- model cache: the only room that writes to the disk; a bad cache is a miss, never an error ----
+
+
+def _are_models(models: Any) -> bool:
+    return isinstance(models, list) and all(isinstance(model, dict) for model in models)
+
+
+class _ModelCache:
+    """The model list as JSON text: in memory, and with a directory in a file per gateway and key."""
+
+    def __init__(self, directory: Any, base_url: str) -> None:
+        self.directory, self.base_url = os.fspath(directory) if directory else "", base_url
+        self.texts: dict[str, str] = {}
+
+    def path(self, key: str) -> str:
+        """Named by digests, since the key itself is written nowhere."""
+        gateway = hashlib.sha256(self.base_url.encode("utf-8")).hexdigest()[:16]
+        owner = hashlib.sha256(key.encode("ascii")).hexdigest()[-16:]
+        return os.path.join(self.directory, f"models-{gateway}-{owner}.json")
+
+    def read(self, key: str) -> tuple[float, list[dict[str, Any]]] | None:
+        """The age in seconds of the wall clock and a fresh copy of the list; None for a miss."""
+        path = self.path(key)
+        try:
+            if path not in self.texts and self.directory:
+                with open(path, encoding="utf-8") as file:
+                    self.texts[path] = file.read(_ANSWER_LIMIT)
+            record = _loads(self.texts[path])
+            age, models = time.time() - record["saved"], record["models"]
+            good = age >= 0 and record["base_url"] == self.base_url and _are_models(models)
+            return (age, models) if good else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, key: str, models: list[dict[str, Any]]) -> None:
+        path = self.path(key)
+        record = {"saved": time.time(), "base_url": self.base_url, "models": models}
+        self.texts[path] = json.dumps(record)
+        with contextlib.suppress(OSError):
+            if self.directory:
+                os.makedirs(self.directory, mode=0o700, exist_ok=True)
+                handle, draft = tempfile.mkstemp(dir=self.directory)  # with mode 0600
+                with open(handle, "w", encoding="utf-8") as file:
+                    file.write(self.texts[path])
+                os.replace(draft, path)
+
+
+# ---- client: composition only ---------------------------------------------------------------------
+
+
+def _check_route(call: _Call, answer: _Answer) -> None:
+    """A pinned region or provider is kept or it is an error; what is not named is no evidence."""
+    for name, pin in call.pins.items():
+        got = getattr(answer, name)
+        if isinstance(got, str) and got.strip().lower() != pin.strip().lower():
+            what = f"{call.gateway.name} answered from {name} {_line(got)}, not from {_line(pin)}"
+            completion = answer if answer.get("choices") else None
+            raise RouteMismatchError(
+                what, completion=completion, generation_id=answer.generation_id
+            )
+
+
+def _whole(call: _Call, data: Any) -> Completion:
+    """The completion that came as one JSON object."""
+    completion = Completion(_dict(data))
+    completion.headers = call.response.headers
+    choices = completion.get("choices")
+    if not isinstance(choices, list):
+        raise BadResponseError(f"{call.gateway.name} sent no chat completion", body=data)
+    if any(_dict(choice).get("finish_reason") == "error" for choice in choices):
+        raise BadResponseError(f"{call.gateway.name} failed in its answer", completion=completion)
+    _check_route(call, completion)
+    return completion
+
+
+def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> Iterator[Chunk]:
+    """Read a stream to its end: a whole answer, or an error with what has come."""
+    try:
+        for chunk in _chunks(_events(_lines(blocks)), assembly):
+            if "lowrouter" in chunk:
+                _check_route(call, chunk)
+            yield chunk
+        if assembly.done:
+            call.settle()
+        elif not assembly.complete():
+            raise StreamError(f"{call.gateway.name} ended the stream before the answer")
+    except LowRouterError as error:
+        cut = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
+        if call.abandoned or (cut and assembly.complete()):
+            return
+        error.completion = assembly.completion() if assembly.fields else None
+        error.generation_id = assembly.completion().generation_id
+        raise call.clean(error) from None
+    finally:
+        call.close()
+
+
+class Stream:
+    """The chunks of one answer as they come: an iterator and a context manager.
+
+    Iterating raises `StreamError`, `APITimeoutError` or `RouteMismatchError`, each with what has
+    come as `completion`. A stream that is closed early, also by another thread, ends quietly.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        self.headers, self._call = call.response.headers, call
+        self._assembly = _Assembly(self.headers)
+        self._error: LowRouterError | None = None
+        self._chunks: Iterator[Chunk]
+        _check_route(call, self.completion)
+        kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
+        first = b"" if kind == "text/event-stream" else next(blocks, b"")
+        if "json" in kind or first.lstrip()[:1] in (b"{", b"[", b"<"):
+            self._assembly.whole = _whole(call, call.json(first))
+            chunk = Chunk(self._assembly.whole)
+            chunk.headers = self.headers
+            self._chunks = iter([chunk])
+        else:
+            self._chunks = _read_stream(call, itertools.chain([first], blocks), self._assembly)
+
+    @property
+    def generation_id(self) -> Any:
+        """Known from the response headers before the first chunk; a str or None."""
+        return self.completion.generation_id
+
+    @property
+    def completion(self) -> Completion:
+        """What has been put together so far, in the type that `chat()` returns."""
+        return self._assembly.completion()
+
+    def result(self) -> Completion:
+        """Read to the end and return the whole answer, StreamError when it cannot be had."""
+        for _ in self:
+            pass
+        if self._error is not None:
+            raise self._error
+        if self._assembly.whole is None and not self._assembly.complete():
+            raise StreamError("the stream was closed before its end", completion=self.completion)
+        return self.completion
+
+    def close(self) -> None:
+        """Stop reading; a thread that waits in the iteration is woken and ends it."""
+        self._call.abandon()
+        with contextlib.suppress(AttributeError, ValueError):  # not a generator, or just running
+            self._chunks.close()  # type: ignore[attr-defined]
+            self._call.close()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        self._call.clock.enter("idle")  # silence counts only while we wait for its end
+        try:
+            return next(self._chunks)
+        except LowRouterError as error:
+            self._error = error
+            raise
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Client:
+    """Settings, and the warm connections to one gateway, for any number of threads.
+
+    `timeout` bounds, in seconds, connecting (10 at most), the wait for an answer and each silence
+    in it; `deadline` bounds a whole call. Settings that cannot be used raise `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        base_url: str | None = None,
+        model: str = _MODEL,
+        route: dict[str, Any] | None = None,
+        timeout: float = _TIMEOUT,
+        deadline: float | None = None,
+        max_retries: int = 2,
+        headers: dict[str, str] | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        allow_http: bool = False,
+    ) -> None:
+        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+            raise ConfigError(f"max_retries must be a whole number from 0 up, not {max_retries!r}")
+        url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
+        self._gateway, self._key = _Gateway(url, allow_http, ca_file), _Key(api_key)
+        self._model, self._route, self._headers = model, route, _extra_headers(headers)
+        self._timeout, self._deadline, self._ca_file = timeout, deadline, ca_file
+        self._clock({})  # which checks both
+        cache = cache_dir or os.environ.get("LOWROUTER_CACHE_DIR")
+        self._cache = _ModelCache(cache, self._gateway.url)
+        self._transport = _Transport(self._gateway, max_retries)
+
+    def __repr__(self) -> str:
+        return f"Client({self._key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Client holds a key and sockets: do not pickle it, make one where it is used"
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if "_transport" in vars(self):
+            self.close()
+
+    def close(self) -> None:
+        """Hang up the kept connections; streams that are under way go on."""
+        self._transport.close()
+
+    def _clock(self, options: dict[str, Any]) -> _Clock:
+        timeout, deadline = options.pop("timeout", None), options.pop("deadline", None)
+        timeout = _seconds("timeout", self._timeout if timeout is None else timeout, 0)
+        deadline = self._deadline if deadline is None else deadline
+        return _Clock(timeout, None if deadline is None else _seconds("deadline", deadline))
+
+    def _call(self, options: dict[str, Any], method: str, path: str, body: Any = None) -> _Call:
+        clock = self._clock(options)
+        call = _Call(self._gateway, self._key.current(), method, path, body)
+        for name, value in self._headers.items():
+            call.add_header(name, value)
+        call.clock = clock
+        return call
+
+    def _chat_call(self, messages: Any, streams: bool, options: dict[str, Any]) -> _Call:
+        body = _chat_body(messages, streams, self._model, self._route, options)
+        call = self._call(options, "POST", "/chat/completions", body)  # [seed]
+        call.streams, call.pins = streams, _pins(body, self._headers)
+        return call
+
+    def chat(self, messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+        """Ask, and return the whole answer; raises a `LowRouterError`.
+
+        `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
+        are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
+        """
+        call = self._chat_call(messages, False, options)
+        answer: Completion = self._transport.send(call, lambda call: _whole(call, call.json()))
+        return answer
+
+    def stream(self, messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+        """Ask as `chat()` does, and return the chunks as they come.
+
+        The request is sent here, and a refusal raised; the stream raises what happens later.
+        """
+        answer: Stream = self._transport.send(self._chat_call(messages, True, options), Stream)
+        return answer
+
+    def curl(
+        self, messages: str | list[dict[str, Any]], stream: bool = False, **options: Any
+    ) -> str:
+        """Return the curl command that sends what `chat()` or `stream()` would send."""
+        body = _chat_body(messages, stream, self._model, self._route, options)
+        flags = ["-N"] if stream else []
+        flags += ["--cacert", os.fspath(self._ca_file)] if self._ca_file else []
+        return _curl_command(self._gateway.url + "/chat/completions", body, self._headers, flags)
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """Send any request below the base URL; return its JSON, None for an empty answer."""
+        if not isinstance(method, str) or not re.fullmatch("[A-Za-z]+", method):
+            raise ConfigError(f"method must be a word such as GET, not {method!r}")
+        return self._transport.send(
+            self._call({}, method.upper(), _any_path(path), body), _Call.json
+        )
+
+    def models(self, refresh: bool = False) -> list[dict[str, Any]]:
+        """Return the routable models [seed], kept for an hour; only their `id` is sure.
+
+        When the gateway cannot be reached, an older list is returned with a warning.
+        """
+        key = self._key.current()
+        kept = self._cache.read(key)
+        if kept and kept[0] <= _CACHE_SECONDS and not refresh:
+            return kept[1]
+        try:
+            data = self.request("GET", "/models")  # [seed]
+        except APIConnectionError as error:
+            if kept is None:
+                raise
+            warnings.warn(
+                f"using the models of {kept[0] / 60:.0f} minutes ago: {error}", stacklevel=2
+            )
+            return kept[1]
+        models: list[dict[str, Any]] = _dict(data).get("data", data)
+        if not _are_models(models):
+            raise BadResponseError(f"{self._gateway.name} sent no list of models", body=data)
+        self._cache.write(key, models)
+        return models
+
+    def generation(self, generation_id: str, wait: float = 0.0) -> dict[str, Any]:
+        """Return the record of an answer [seed]: tokens, cost, eco numbers, routing trace.
+
+        For `wait` seconds a record that is not written yet is asked for again.
+        """
+        call = self._call({}, "GET", _generation_path(generation_id))
+        patience = _Clock(_TIMEOUT, min(_seconds("wait", wait), call.clock.end - time.monotonic()))
+        pause, longest = _POLL
+        while True:
+            try:
+                record = _dict(self._transport.send(call, _Call.json))
+                break
+            except NotFoundError:
+                if not patience.pause(pause):
+                    raise
+            pause = min(pause * 2, longest)
+        record = record if "generation_id" in record else record.get("data", record)
+        if not record or not isinstance(record, dict):
+            raise BadResponseError(f"{self._gateway.name} sent no record", body=record)
+        return record
+
+
+# ---- functions: one client for the whole program, made at the first call --------------------------
+
+_shared: dict[tuple[str | None, ...], Client] = {}
+
+
+def _client() -> Client:
+    """The shared client, made anew when a variable of the environment has changed."""
+    environment = tuple(map(os.environ.get, _VARIABLES))
+    if environment not in _shared:
+        client = Client()
+        _shared.clear()  # what is under way keeps the old one until it ends
+        _shared[environment] = client
+    return _shared.get(environment) or Client()
+
+
+def chat(messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+    """Ask, and return the whole answer: `Client.chat` of the shared client."""
+    return _client().chat(messages, **options)
+
+
+def stream(messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+    """Ask, and return the chunks as they come: `Client.stream` of the shared client."""
+    return _client().stream(messages, **options)
+
+
+def curl(messages: str | list[dict[str, Any]], stream: bool = False, **options: Any) -> str:
+    """Return the curl command of a call: `Client.curl` of the shared client."""
+    return _client().curl(messages, stream, **options)
+
+
+def request(method: str, path: str, body: Any = None) -> Any:
+    """Send any request below the base URL: `Client.request` of the shared client."""
+    return _client().request(method, path, body)
+
+
+def models(refresh: bool = False) -> list[dict[str, Any]]:
+    """Return the routable models: `Client.models` of the shared client."""
+    return _client().models(refresh)
+
+
+def generation(generation_id: str, wait: float = 0.0) -> dict[str, Any]:
+    """Return the record of an answer: `Client.generation` of the shared client."""
+    return _client().generation(generation_id, wait)
