@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A client for the LowRouter gateway in one file: a whole answer or an error, a key that cannot leak.
+"""A client for the LowRouter gateway in one file: a whole answer or an error, no leaked key.
 
     answer = lowrouter.chat("In one sentence, what is a vector database?")
     print(answer.text, answer.eco)
@@ -8,16 +8,15 @@
         for chunk in stream:
             print(chunk.text, end="", flush=True)
 
-Settings come from the arguments of `Client`, then from the environment, where empty means unset:
+Settings are arguments of `Client`, else variables of the environment, where empty means unset:
 LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL, LOWROUTER_CACHE_DIR; HTTPS_PROXY,
 HTTP_PROXY, NO_PROXY; SSL_CERT_FILE, SSL_CERT_DIR, then REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
+The rooms below stand in the order of the data, and each uses only what stands above it:
 
-The rooms stand in the order of the data, and each uses only what stands above it:
+    messages -> body -> call -> blocks of bytes -> lines -> events -> Chunk, ... -> Completion
 
-    messages -> body -> call -> blocks of bytes -> lines -> events -> Chunk, Chunk, ... -> Completion
-
-Facts about the gateway are marked [seed] (its curl page), [docs] (another page of its documentation)
-or [assumption] (not documented). A copy of this file is whole: the licence and the version go along.
+Facts about the gateway are marked [seed] (its curl page), [docs] (other pages of its
+documentation) or [assumption] (not documented). A copy of this file needs nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ import http.client
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -43,36 +41,31 @@ import urllib.parse
 import urllib.request
 import warnings
 
-TYPE_CHECKING = False  # true for type checkers, so that `typing` is never imported
+TYPE_CHECKING = False  # true for type checkers, so that `typing` itself is never imported
 if TYPE_CHECKING:
     from email.message import Message
-    from typing import Any, Callable, Dict, Iterable, Iterator
-
-    _Object = Dict[str, Any]
-else:
-    _Object = dict
+    from typing import Any, Callable, Iterable, Iterator
 
 __version__ = "0.1.0"
-__all__ = """chat stream models generation request curl Client Completion Chunk Stream LowRouterError
-    ConfigError APIConnectionError APITimeoutError APIStatusError AuthenticationError NotFoundError
-    InsufficientCreditsError PermissionDeniedError RateLimitError NoProviderError BadResponseError
-    StreamError RouteMismatchError main""".split()  # fmt: skip
+__all__ = """APIConnectionError APIStatusError APITimeoutError AuthenticationError BadResponseError
+Chunk Client Completion ConfigError InsufficientCreditsError LowRouterError NoProviderError
+NotFoundError PermissionDeniedError RateLimitError RouteMismatchError Stream StreamError
+chat curl generation main models request stream""".split()
 
-# ---- constants: every number with its unit and its reason -----------------------------------------
+# ---- constants: every number with its unit and its reason ----------------------------------------
 
 _BASE_URL = "https://lowrouter.ai/api/v1"  # [seed]
 _MODEL = "lowrouter/auto"  # the gateway's default route [seed]
 _TIMEOUT = 600.0  # seconds; an answer that is not streamed is silent for minutes
-_CONNECT_SECONDS = 10.0  # TCP, CONNECT and TLS together; a live host needs a fraction
+_CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs a fraction
 _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
-_KEEPALIVE_SECONDS = 60  # between TCP probes; NAT gateways forget a silent connection in 350 s
-_FOREVER = 1e6  # seconds, 11 days: more than any wait, less than the 2**31 ms that poll() takes
+_FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
 _RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)  # those that pass by waiting [assumption]
-_POLL = (0.25, 1.0)  # seconds between looks for a record that is not written yet, as above
+_POLL = (0.25, 1.0)  # seconds between looks for a record that is not written yet, likewise
 _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
@@ -80,8 +73,7 @@ _ERROR_LIMIT = 1 << 16  # bytes of an error's body
 _EVENT_LIMIT = 1 << 24  # bytes of a line or an event of a stream: an image in base64 fits
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
-
-# ---- answers: plain data --------------------------------------------------------------------------
+# ---- answers: plain data -------------------------------------------------------------------------
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -92,16 +84,14 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-class _Answer(_Object):
+class _Answer(dict):  # type: ignore[type-arg]
     """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
 
-    #: The response headers; look-ups ignore case: `headers["X-Credit-Balance"]` [docs].
-    headers: Message | None = None
+    headers: Message | None = None  # of the response; look-ups ignore case [docs]
 
     def _choice(self) -> dict[str, Any]:
         choices = list(map(_dict, _list(self.get("choices"))))
-        at = (choice for i, choice in enumerate(choices) if choice.get("index", i) in (0, None))
-        return next(at, {})
+        return next((c for i, c in enumerate(choices) if c.get("index", i) in (0, None)), {})
 
     def _part(self, name: str) -> Any:
         choice = self._choice()
@@ -109,9 +99,8 @@ class _Answer(_Object):
 
     def _routed(self, name: str) -> Any:
         value = _dict(self.get("lowrouter")).get(name)  # in the block, else in a header [docs]
-        if value is None and self.headers is not None:
-            value = self.headers.get("X-LowRouter-" + name.replace("_", "-"))
-        return value
+        header = "X-LowRouter-" + name.replace("_", "-")
+        return self.headers.get(header) if value is None and self.headers else value
 
     @property
     def text(self) -> str:
@@ -132,39 +121,24 @@ class _Answer(_Object):
         return _list(self._part("tool_calls"))
 
     @property
-    def finish_reason(self) -> str | None:
-        """Why choice 0 ended: "stop", "length", "tool_calls", ...; None while it goes on."""
-        return self._choice().get("finish_reason")
-
-    @property
     def usage(self) -> dict[str, Any] | None:
         """Token counts, and `cost` where it is given; None when the gateway gave no usage."""
         return _dict(self.get("usage")) or None
 
     @property
-    def model(self) -> str | None:
-        """The model that answered: the resolved one, not the string that was sent [docs]."""
-        return self.get("model")
-
-    @property
-    def generation_id(self) -> Any:
-        """What `generation()` looks up: an opaque str, None when the gateway named none [docs]."""
-        return self._routed("generation_id")
-
-    @property
-    def provider(self) -> Any:
-        """The id of the upstream provider, a str or None [docs]."""
-        return self._routed("provider")
-
-    @property
-    def region(self) -> Any:
-        """The region that answered, a str or None [docs]."""
-        return self._routed("region")
-
-    @property
     def eco(self) -> dict[str, Any] | None:
         """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None when absent [docs]."""
         return _dict(_dict(self.get("lowrouter")).get("eco")) or None
+
+    #: "stop", "length", "tool_calls", ...; None while choice 0 goes on.
+    finish_reason = property(lambda self: self._choice().get("finish_reason"))
+    #: The model that answered: the resolved one, not the string that was sent [docs].
+    model = property(lambda self: self.get("model"))
+    #: What `generation()` looks up: opaque [docs].
+    generation_id = property(lambda self: self._routed("generation_id"))
+    #: The id of the upstream provider, and the region that answered; None when not told [docs].
+    provider = property(lambda self: self._routed("provider"))
+    region = property(lambda self: self._routed("region"))
 
 
 class Completion(_Answer):
@@ -175,14 +149,14 @@ class Chunk(_Answer):
     """One piece of a streamed answer: OpenAI's `chat.completion.chunk` object."""
 
 
-# ---- errors: whose fault it is, what to do, and what can be saved; all of them pickle -------------
+# ---- errors: whose fault it is, what to do, and what can be saved; all of them pickle ------------
 
 
 class LowRouterError(Exception):
     """Base of every error of this module; keyword arguments become attributes.
 
-    `completion` is what had been handed out or received, None before the first chunk.
-    `message`, `code` and `body` are what the gateway said, `generation_id` is its id of the call.
+    `completion` is what had been handed out or received, None before the first chunk; `message`,
+    `code` and `body` are what the gateway said, `generation_id` is its id of the call.
     """
 
     completion: Completion | None = None
@@ -280,54 +254,47 @@ def _loads(text: str) -> Any:
 
 
 def _said(body: Any) -> dict[str, Any]:
-    """The message and code of an error body, whose shape is not documented [assumption]."""
+    """What an error body says; its shape is not documented [assumption]."""
     error = _dict(body).get("error") or body
-    message = (
-        _dict(error).get("message") or _dict(error).get("detail") or _dict(body).get("message")
-    )
-    message = str(error if isinstance(error, str) else message or "")
-    code = _dict(error).get("code") or _dict(error).get("type")
-    html = message.lstrip().startswith("<")  # which says less than the status
-    return {"message": "" if html else message, "code": code, "body": body}
+    fields = {**_dict(body), **_dict(error)}
+    message = error if isinstance(error, str) else fields.get("message") or fields.get("detail")
+    message = "" if str(message or "").lstrip().startswith("<") else str(message or "")  # HTML
+    return {"message": message, "code": fields.get("code") or fields.get("type"), "body": body}
 
 
-def _retry_after(value: str | None) -> float | None:
+def _retry_after(value: str) -> float | None:
     """Seconds from a Retry-After header, a number or a date; None for anything else."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value or ""):
-        return min(float(value or 0), _FOREVER)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value or "").timestamp() - time.time())
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+            return min(float(value), _FOREVER)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
 
 
 def _status_error(
-    host: str, status: int, reason: str, headers: Message, text: str
+    name: str, status: int, reason: str, headers: Message, text: str
 ) -> APIStatusError:
-    """The error for an answer with a status of 400 or above."""
     advice = "try later" if status >= 500 else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
-    try:
+    said = _said(text)
+    with contextlib.suppress(ValueError):
         said = _said(_loads(text))
-    except ValueError:
-        said = _said(text)
     said["message"] = said["message"] or reason
-    error = kind(f"{host} answered {status}: {_line(said['message'])} ({advice})", **said)
+    error = kind(f"{name} answered {status}: {_line(said['message'])} ({advice})", **said)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     error.generation_id = headers.get("X-LowRouter-Generation-ID")
-    error.retry_after = _retry_after(headers.get("Retry-After"))
+    error.retry_after = _retry_after(headers.get("Retry-After", ""))
     error._again = status in _RETRY_STATUSES and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
 
 
-# ---- request: what is sent; pure, and the only room that knows paths and headers ------------------
+# ---- request: what is sent; pure, and the only room that knows paths and headers -----------------
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_ELSEWHERE = ("api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http")
-_OUR_HEADERS = (
-    *("authorization", "proxy-authorization", "host", "content-type", "content-length", "te"),
-    *("transfer-encoding", "accept-encoding", "connection", "expect", "upgrade"),
-)
+_ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
+_OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
+transfer-encoding accept-encoding expect upgrade""".split()
 
 
 def _json_bytes(body: Any) -> bytes:
@@ -337,14 +304,14 @@ def _json_bytes(body: Any) -> bytes:
         raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
 
 
-def _chat_body(messages: Any, stream: bool, model: str, route: Any, options: Any) -> dict[str, Any]:
-    """The JSON body of a chat call; `options` without `timeout` and `deadline` are its fields."""
+def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any) -> dict[str, Any]:
+    """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     odd = [each for each in _list(messages) if not isinstance(each, dict)] or [messages]
-    if not isinstance(messages, list) or odd[0] is not messages:
+    if not isinstance(messages, list) or odd != [messages]:
         raise ConfigError(f"messages must be a str or a list of dicts, not {type(odd[0]).__name__}")
-    for name in set(_ELSEWHERE).intersection(options):
+    for name in _ELSEWHERE.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
     if options.get("stream") not in (None, stream):
         raise TypeError("chat() does not stream: call stream(), which always does")
@@ -361,16 +328,27 @@ def _pins(body: dict[str, Any], headers: dict[str, str]) -> dict[str, str]:
     """The region and provider that the answer must come from; the body wins [assumption]."""
     pins = {name.lower()[len("x-lowrouter-") :]: value for name, value in headers.items()}  # [docs]
     pins.update(_dict(body.get("route")))
-    return {
-        k: v for k, v in pins.items() if k in ("region", "provider") and v and isinstance(v, str)
-    }
+    return {k: pins[k] for k in ("region", "provider") if pins.get(k) and isinstance(pins[k], str)}
 
 
-def _headers(netloc: str, key: str, has_body: bool) -> dict[str, str]:
-    agent = f"lowrouter/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]}"
-    headers = {"Host": netloc, "Authorization": "Bearer " + key, "User-Agent": agent}  # [seed]
-    headers.update({"Accept": "*/*", "Accept-Encoding": "identity"})  # as curl does
+def _headers(netloc: str, key: str, has_body: bool, extra: dict[str, str]) -> dict[str, str]:
+    agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
+    headers = {"User-Agent": agent, "Accept": "*/*", "Accept-Encoding": "identity", **extra}
+    headers.update({"Host": netloc, "Authorization": "Bearer " + key})  # [seed]
     return {**headers, "Content-Type": "application/json"} if has_body else headers  # [seed]
+
+
+def _extra_headers(headers: dict[str, str]) -> dict[str, str]:
+    """The caller's own headers, checked, since http.client would quote a bad one in its error."""
+    for name, value in headers.items():
+        if (
+            not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", str(name), re.A)
+            or name.lower() in _OUR_HEADERS
+        ):
+            raise ConfigError(f"headers: {name!r} is no header name, or the client sets it itself")
+        if not re.fullmatch(r"[\t\x20-\x7e]*", str(value)):
+            raise ConfigError(f"headers: the value of {name} must be printable ASCII")
+    return {name: str(value) for name, value in headers.items()}
 
 
 def _generation_path(generation_id: str) -> str:
@@ -387,21 +365,8 @@ def _any_path(path: str) -> str:
     return "/" + urllib.parse.quote(path.lstrip("/"), safe="/?&=%:@!$'()*+,;~", errors="replace")
 
 
-def _extra_headers(headers: dict[str, str] | None) -> dict[str, str]:
-    """The caller's own headers, checked, since http.client would quote a bad one in its error."""
-    for name, value in (headers or {}).items():
-        if (
-            not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", str(name), re.A)
-            or name.lower() in _OUR_HEADERS
-        ):
-            raise ConfigError(f"headers: {name!r} is no header name, or the client sets it itself")
-        if not isinstance(value, str) or not re.fullmatch(r"[\t\x20-\x7e]*", value):
-            raise ConfigError(f"headers: the value of {name} must be printable ASCII")
-    return dict(headers or {})
-
-
 def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
-    """A call as a curl command for a POSIX shell, which reads the key from the environment."""
+    """A chat call as a command for a POSIX shell, which takes the key from the environment."""
     from shlex import quote
 
     lines = [" ".join(["curl", *map(quote, flags), quote(url)])]
@@ -413,30 +378,28 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
 
-# ---- settings: arguments first, then the environment; the only room that reads it, and the key ----
+# ---- settings: arguments first, then the environment; the only room that reads it, and the key ---
 
-_VARIABLES = (
-    *("LOWROUTER_API_KEY", "LOWROUTER_API_KEY_FILE", "LOWROUTER_BASE_URL", "LOWROUTER_CACHE_DIR"),
-    *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"),
-    *("REQUEST_METHOD", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
-)
+_VARIABLES = """LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL LOWROUTER_CACHE_DIR
+HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
+SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
 
 
-def _seconds(name: str, value: Any, above: float = -math.inf) -> float:
+def _seconds(name: str, value: Any, least: float) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not above < value < math.inf:
-        least = "" if above < 0 else f" above {above}"
-        raise ConfigError(f"{name} must be a finite number of seconds{least}, not {value!r}")
+    if not number or not least < value < float("inf"):
+        above = " above 0" if least == 0 else ""
+        raise ConfigError(f"{name} must be a finite number of seconds{above}, not {value!r}")
     return min(float(value), _FOREVER)
 
 
 class _Key:
-    """The API key; a mounted file is read again when it has changed, since secrets are rotated."""
+    """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        self.file, self.stamp, self.value = "", (0, 0, 0), ""
-        for source, key in (("api_key", api_key), ("LOWROUTER_API_KEY", None)):
-            self.value = self.value or self.checked(source, key or os.environ.get(source) or "")
+        self.file, self.value = "", ""
+        for source, given in (("api_key", api_key), ("LOWROUTER_API_KEY", None)):
+            self.value = self.value or self.checked(source, given or os.environ.get(source, ""))
         self.file = "" if self.value else os.environ.get("LOWROUTER_API_KEY_FILE", "")
         if not self.current():
             raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
@@ -446,21 +409,19 @@ class _Key:
 
     @staticmethod
     def checked(source: str, key: str) -> str:
-        bad = re.search(r"[^!-~]", key.strip())  # CI secrets end in a newline
+        key = str(key).strip()  # CI secrets end in a newline
+        bad = re.search(r"[^!-~]", key)
         if bad:
-            raise ConfigError(f"the API key from {source} has a bad character at {bad.start() + 1}")
-        return key.strip()
+            place = f"at position {bad.start() + 1} of {len(key)}"
+            raise ConfigError(f"the API key from {source} has a character that no key has, {place}")
+        return key
 
     def current(self) -> str:
-        """The key as of now, "" when there is none."""
         try:
             if self.file:
-                state = os.stat(self.file)
-                stamp = (state.st_mtime_ns, state.st_ino, state.st_size)
-                if stamp != self.stamp:
-                    with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                        self.value = self.checked(self.file, file.read(_ERROR_LIMIT)) or self.value
-                    self.stamp = stamp
+                with open(self.file, encoding="utf-8-sig", errors="replace") as file:
+                    key = file.read(_ERROR_LIMIT)
+                self.value = self.checked(self.file, key) or self.value
         except OSError as error:
             if not self.value:  # else it is just being replaced, and the one we have still serves
                 reason = f"{self.file} cannot be read: {error.strerror}"
@@ -468,42 +429,29 @@ class _Key:
         return self.value
 
 
-def _is_loopback(host: str) -> bool:
+def _within(host: str, block: str) -> bool:
+    """Whether the host is an address, and in the CIDR block (or the only address of it)."""
     import ipaddress
 
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host) in ipaddress.ip_network(block, strict=False)
     except ValueError:
         return False
 
 
-def _bypassed(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names the host: `*`, a name or suffix, an address or a CIDR block, a port."""
-    import ipaddress
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or _within(host, "127.0.0.0/8") or _within(host, "::1")
 
+
+def _bypassed(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names the host: `*`, a name or suffix, an address or CIDR block, a port."""
     for entry in no_proxy.replace(",", " ").lower().split():
         match = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
         name = (match[1] if match else entry).strip("[]")
-        if match and int(match[2]) != port:
-            continue
-        if name == "*" or ("." + host).endswith("." + (name.lstrip("*.") or "?")):
+        named = ("." + host).endswith("." + (name.lstrip("*.") or "?"))
+        if (name == "*" or named or _within(host, name)) and (not match or int(match[2]) == port):
             return True
-        try:
-            if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):
-                return True
-        except ValueError:
-            pass  # one of them is a name
     return False
-
-
-def _trust(ca_file: Any) -> tuple[str | None, str | None]:
-    """The CA file and directory that are used instead of the system's."""
-    get = os.environ.get
-    file = os.fspath(ca_file) if ca_file else get("SSL_CERT_FILE")
-    directory = None if ca_file else get("SSL_CERT_DIR")
-    if not file and not directory:
-        file = get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
-    return (None, file) if file and os.path.isdir(file) else (file or None, directory or None)
 
 
 class _Gateway:
@@ -524,15 +472,15 @@ class _Gateway:
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         self.netloc = f"[{self.host}]" if ":" in self.host else self.host
+        self.target = f"{self.netloc}:{self.port or 443}"  # for CONNECT
         self.netloc += f":{self.port}" if self.port else ""
         path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
         self.url = f"{parts.scheme}://{self.netloc}{path}"
-        self.target = self.netloc if self.port else f"{self.netloc}:443"  # for CONNECT
         self.port = self.port or (443 if self.tls else 80)
         self.proxy = self.find_proxy(parts.scheme)
-        through = f" (through the proxy {self.proxy[0]}:{self.proxy[1]})" if self.proxy else ""
+        through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.host + through  # for messages
-        self.ca_file, self.ca_directory = _trust(ca_file)
+        self.ca_file, self.ca_path = self.find_authorities(ca_file)
 
     def find_proxy(self, scheme: str) -> tuple[str, int, str] | None:
         """Host, port and Basic credentials of the proxy; loopback never goes through one."""
@@ -540,25 +488,35 @@ class _Gateway:
         url, no_proxy = proxies.get(scheme, "").strip(), proxies.get("no", "")
         if not url or _is_loopback(self.host) or _bypassed(self.host, self.port, no_proxy):
             return None
-        try:
+        host, port = "", 0
+        with contextlib.suppress(ValueError):
             parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
             host, port = parts.hostname or "", parts.port or 80
-        except ValueError:
-            host = ""
         if not re.fullmatch(r"[!-~]+", host) or parts.scheme != "http":
             raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port")
         login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
         encoded = base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
         return host, port, "Basic " + encoded if "@" in parts.netloc else ""
 
+    @staticmethod
+    def find_authorities(ca_file: Any) -> tuple[str | None, str | None]:
+        """The CA file and directory that replace those of the system."""
+        get = os.environ.get
+        file, path = (
+            (os.fspath(ca_file), None) if ca_file else (get("SSL_CERT_FILE"), get("SSL_CERT_DIR"))
+        )
+        if not file and not path:
+            file = get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
+        return (None, file) if file and os.path.isdir(file) else (file or None, path or None)
 
-# ---- clock: how long one call may still wait ------------------------------------------------------
+
+# ---- clock: how long one call may still wait -----------------------------------------------------
 
 
 class _Clock:
-    """The end of a call's present phase and of the whole call, in seconds of the monotonic clock.
+    """The ends of a call's present phase and of the whole call, in seconds of the monotonic clock.
 
-    A socket's own time-out starts anew with each byte; so everything that waits asks here first.
+    A socket's own time-out starts anew with each byte; so whatever waits asks here before it does.
     """
 
     def __init__(self, timeout: float, deadline: float | None) -> None:
@@ -567,7 +525,7 @@ class _Clock:
         self.enter("connect")
 
     def enter(self, phase: str) -> None:
-        """Begin to wait: "connect", "response" or "idle", the silence in a body."""
+        """Begin to wait: "connect", "response" or "idle", which is the silence in a body."""
         most = _CONNECT_SECONDS if phase == "connect" else _FOREVER
         self.phase, self.until = phase, time.monotonic() + min(self.timeout, most)
 
@@ -586,9 +544,9 @@ class _Clock:
         return True
 
 
-# ---- transport: the only room that touches the network or sleeps; only our errors leave it --------
+# ---- transport: the only room that touches the network or sleeps; only our errors leave it -------
 #
-# A `_Call` goes out over a kept connection, else over a new one: through TLS a new one costs three
+# A `_Call` goes out over a kept connection, else over a new one: with TLS a new one costs three
 # round trips and 30 ms of CPU, a kept one a single round trip. The call owns its connection while
 # the answer is read; it gives it back at the end of the body and hangs up in every other case.
 
@@ -599,16 +557,16 @@ class _Socket(io.RawIOBase):
     """The receiving end of a socket; before every wait it asks the clock of the present call."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.sock, self.clock, self.pid = sock, clock, os.getpid()
-        self.waits = True
+        self.sock, self.pid = sock, os.getpid()
+        self.clock: Any = clock  # None: do not wait at all
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if self.pid != os.getpid():
-            raise OSError("this connection belongs to the process that was forked")
-        self.sock.settimeout(self.clock.left() if self.waits else 0)
+            raise OSError("a forked process cannot read what its parent has asked for")
+        self.sock.settimeout(self.clock.left() if self.clock else 0)
         return self.sock.recv_into(buffer)
 
 
@@ -624,23 +582,8 @@ class _Wire(io.BufferedReader):
         self.idle_since = (0.0, 0.0)  # seconds, by the monotonic and the wall clock
         super().__init__(self.source, _BLOCK)
 
-    def __del__(self) -> None:
-        self.hang_up()
-
     def makefile(self, mode: str) -> _Wire:
         return self
-
-    def close(self) -> None:
-        pass
-
-    def hang_up(self) -> None:
-        self.source.sock.close()
-
-    def wake(self) -> None:
-        """End the wait of another thread for this socket, as closing alone does not."""
-        with contextlib.suppress(OSError):  # it may be closed already
-            if self.source.pid == os.getpid():  # a forked child must not end its parent's stream
-                self.source.sock.shutdown(socket.SHUT_RDWR)
 
     def sendall(self, data: bytes) -> None:
         view, sock, clock = memoryview(data), self.source.sock, self.source.clock
@@ -650,21 +593,31 @@ class _Wire(io.BufferedReader):
             clock.enter("response")  # each block ends a wait; the last begins that for the answer
 
     def fresh(self) -> bool:
-        """Whether it can be used again: not idle for long, and nothing came, not even the end.
-
-        The monotonic clock stands still while a Lambda sandbox is frozen, the wall clock does not.
-        """
+        """Whether it can be used again: not idle for long, and nothing came, not even the end."""
+        # the monotonic clock stands still while a Lambda sandbox is frozen, the wall clock does not
         idle = max(time.monotonic() - self.idle_since[0], time.time() - self.idle_since[1])
-        self.source.waits = False
+        self.source.clock = None
         try:
             self.peek(1)  # whatever is there, nobody asked for it
         except (BlockingIOError, ssl.SSLWantReadError):
             return idle <= _IDLE_SECONDS
         except (OSError, ValueError):
-            return False
-        finally:
-            self.source.waits = True
+            pass
         return False
+
+    def close(self) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        self.source.sock.close()
+
+    __del__ = hang_up
+
+    def wake(self) -> None:
+        """End the wait of another thread, as closing alone does not; not that of a parent process."""
+        with contextlib.suppress(OSError):
+            if self.source.pid == os.getpid():
+                self.source.sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Response(http.client.HTTPResponse):
@@ -678,90 +631,89 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Connection(http.client.HTTPConnection):
-    """An HTTPConnection over a wire that stands already."""
-
     response_class = _Response
     debuglevel = 0  # whatever the program sets for all of them: http.client would print the key
-    sock: Any  # a `_Wire`
+    sock: _Wire  # type: ignore[assignment]
 
 
 class _Call(urllib.request.Request):
     """One request, and its answer while that is read."""
 
-    def __init__(
-        self, gateway: _Gateway, key: str, method: str, path: str, body: Any = None
-    ) -> None:
-        data = None if body is None else _json_bytes(body)
-        super().__init__(gateway.url + path, data, method=method)
-        for name, value in _headers(gateway.netloc, key, data is not None).items():
-            self.add_unredirected_header(name, value)
+    connection: _Connection
+    response: http.client.HTTPResponse
+    keep: Callable[[_Connection], None]
+    wire: _Wire | None = None  # that of the connection, as long as the call owns it
+    streams = sent = abandoned = False
+
+    def __init__(self, gateway: _Gateway, key: str, method: str, path: str, body: Any, extra: Any):
+        super().__init__(
+            gateway.url + path, None if body is None else _json_bytes(body), method=method
+        )
         if gateway.proxy and not gateway.tls:
-            self.set_proxy(f"{gateway.proxy[0]}:{gateway.proxy[1]}", "http")
+            self.set_proxy("{}:{}".format(*gateway.proxy), "http")
             if gateway.proxy[2]:
                 self.add_unredirected_header("Proxy-Authorization", gateway.proxy[2])
+        for name, value in _headers(gateway.netloc, key, body is not None, extra).items():
+            self.add_unredirected_header(name, value)
         self.gateway, self.key, self.clock = gateway, key, _Clock(_TIMEOUT, None)
         self.idempotent = method in ("GET", "HEAD")
         self.pins: dict[str, str] = {}
-        self.wire: Any = None  # that of the connection, as long as the call owns it
-        self.keep: Callable[[_Connection], None]
-        self.connection: _Connection
-        self.streams = self.sent = self.abandoned = False
 
     def scrub(self, value: Any) -> Any:
-        """`value` without the key."""
+        """`value` without the key, for what is quoted from outside."""
         if isinstance(value, dict):
             return {self.scrub(name): self.scrub(each) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(map(self.scrub, value))
         return value.replace(self.key, "[key]") if isinstance(value, str) else value
 
-    def clean(self, error: LowRouterError) -> LowRouterError:
-        """Take the key out of all that the error quotes; the answer itself stays as it came."""
-        completion, error.completion = error.completion, None
+    def failure(self, cause: Exception) -> LowRouterError:
+        """Our error for what was raised, by the phase in which it was, and without the key in it."""
+        error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
+        answer, error.completion = error.completion, None
         error.args, error.__dict__ = self.scrub(error.args), self.scrub(vars(error))
-        error.completion = completion
+        error.completion = answer  # which is the caller's, as it came
         return error
 
-    def failure(self, cause: Exception) -> LowRouterError:
-        """Our error for what the standard library raised, by the phase in which it did."""
-        if isinstance(cause, LowRouterError):
-            return cause
-        clock, again = self.clock, self.idempotent or self.clock.phase == "connect"
+    def translated(self, cause: Exception) -> LowRouterError:
+        """Our error for one of the standard library's."""
+        clock, reason, details = self.clock, _line(cause) or type(cause).__name__, {}
+        phase, again = clock.phase, self.idempotent or clock.phase == "connect"
         kind: type[LowRouterError] = APIConnectionError
-        what = {
-            "connect": "cannot be reached",
-            "response": "gave no answer",
-            "idle": "cut its answer",
-        }
-        reason = _line(cause) or type(cause).__name__
         if isinstance(cause, (socket.timeout, TimeoutError)):
-            phase = "deadline" if clock.end <= clock.until else clock.phase
-            kind, reason = APITimeoutError, f"time-out ({phase})"
-        elif clock.phase == "idle":
+            kind, details["phase"] = (
+                APITimeoutError,
+                "deadline" if clock.end <= clock.until else phase,
+            )
+            reason = f"time-out ({details['phase']})"
+        elif phase == "idle":
             kind = StreamError if self.streams else BadResponseError
-        elif clock.phase == "response" and not isinstance(cause, OSError):
+        elif phase == "response" and not isinstance(cause, OSError):
             kind = BadResponseError
         elif isinstance(cause, ssl.SSLCertVerificationError):
             again, trusted = (
                 False,
-                self.gateway.ca_file or self.gateway.ca_directory or "the system's CAs",
+                self.gateway.ca_file or self.gateway.ca_path or "the system's CAs",
             )
             reason = (
-                f"its certificate was checked against {trusted} and refused: {cause.verify_message}"
+                f"its certificate was refused ({cause.verify_message}; checked against {trusted};"
             )
-            reason += "; SSL_CERT_FILE names the file of a private CA"
+            reason += " set SSL_CERT_FILE to the file of a private CA)"
         if self.sent and not again:
-            reason += "; it may have been billed, so it is not sent again"
-        error = kind(f"{self.gateway.name} {what[clock.phase]}: {reason}", _again=again)
-        if isinstance(error, APITimeoutError):
-            error.phase = phase
-        return error
+            reason += "; the call may have been billed, so it is not sent again"
+        what = {
+            "connect": "cannot be reached",
+            "response": "did not answer",
+            "idle": "cut its answer",
+        }
+        return kind(f"{self.gateway.name} {what[phase]}: {reason}", _again=again, **details)
 
     def exchange(self, connection: _Connection) -> _Call:
         """Send the request and read the head of the answer."""
         self.connection, self.wire, self.sent = connection, connection.sock, False
-        self.wire.source.clock, unsent = self.clock, None
+        self.wire.source.clock = self.clock
         self.clock.enter("response")
+        unsent = None
         try:
             connection.request(
                 self.get_method(), self.selector, self.data, dict(self.header_items())
@@ -780,7 +732,7 @@ class _Call(urllib.request.Request):
         return self
 
     def check(self) -> None:
-        """Raise unless the gateway said yes, in the framing and the coding that were asked for."""
+        """Raise unless the gateway said yes, in the coding that was asked for."""
         status, headers, name = self.response.status, self.response.headers, self.gateway.name
         if status >= 400:
             error = _status_error(name, status, self.response.reason, headers, self.error_text())
@@ -791,18 +743,9 @@ class _Call(urllib.request.Request):
             host = _line(target[1].rpartition("@")[2]) if target else "another path"
             reason = "the key is sent to the gateway only: check the base URL"
             raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
-        coding = (
-            headers.get("Content-Encoding", "identity"),
-            headers.get("Transfer-Encoding", "chunked"),
-        )
-        lengths = set(headers.get_all("Content-Length", ["0"]))
-        if (
-            ",".join(coding).lower() != "identity,chunked"
-            or len(lengths) > 1
-            or not lengths.pop().isdigit()
-        ):
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise BadResponseError(
-                f"{name} sent an answer in an encoding unasked for: is it a proxy's?"
+                f"{name} sent an encoded answer unasked: a proxy may have done it"
             )
 
     def read(self) -> bytes:
@@ -817,33 +760,19 @@ class _Call(urllib.request.Request):
                 raise http.client.IncompleteRead(b"")
         except _FOREIGN as cause:
             self.close()
-            raise self.failure(cause) from None
+            raise self.translated(cause) from None
         if not block:
             response.close()  # before 3.13 a body that was read by read1 never counts as closed
-            wire, self.wire = self.wire, None
             if self.sent and not response.will_close and not self.abandoned:
+                self.wire = None
                 self.keep(self.connection)
-            else:
-                wire.hang_up()
+            self.close()
         return block
 
     def close(self) -> None:
         """Hang up, unless the connection was given back."""
         if self.wire:
             self.wire.hang_up()
-
-    def abandon(self) -> None:
-        """Let another thread, which may be waiting for this answer, find its end."""
-        self.abandoned, wire = True, self.wire
-        if wire:
-            wire.wake()
-
-    def settle(self) -> None:
-        """After the last event: keep the connection if the body ends now."""
-        self.clock.end = min(self.clock.end, time.monotonic() + _SETTLE_SECONDS)
-        with contextlib.suppress(LowRouterError):
-            self.read()
-        self.close()
 
     def fill(self, body: bytearray, limit: int) -> None:
         """Read the body to its end into `body`; any byte ends a silence."""
@@ -853,22 +782,38 @@ class _Call(urllib.request.Request):
             if len(body) > limit:
                 raise BadResponseError(f"{self.gateway.name} sent more than {limit >> 10} KiB")
 
-    def error_text(self) -> str:
-        """What can be had of an error's body in a few seconds; the status is the news."""
-        body, end = bytearray(), self.clock.end
-        self.clock.end = min(end, time.monotonic() + _ERROR_SECONDS)
+    def abandon(self) -> None:
+        """Let another thread, which may be waiting for this answer, come to an end."""
+        self.abandoned, wire = True, self.wire
+        if wire:
+            wire.wake()
+
+    def within(self, seconds: float, read: Callable[[], Any]) -> None:
+        """Read what is no news any more, for some seconds."""
+        end, self.clock.end = self.clock.end, min(self.clock.end, time.monotonic() + seconds)
         with contextlib.suppress(LowRouterError):
-            self.fill(body, _ERROR_LIMIT)
+            read()
         self.clock.end = end
+
+    def error_text(self) -> str:
+        body = bytearray()
+        self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
         return body[:_ERROR_LIMIT].decode("utf-8", "replace")
+
+    def settle(self) -> None:
+        """After the last event: keep the connection if the body ends now."""
+        self.within(_SETTLE_SECONDS, self.read)
+        self.close()
 
     def json(self, first: bytes = b"") -> Any:
         """The body, of which `first` was read already, as JSON; None where there is none (204)."""
-        body, text, headers = bytearray(first), "", self.response.headers
+        body, text, name = bytearray(first), "", self.gateway.name
         try:
             self.fill(body, _ANSWER_LIMIT)
             text = body.decode("utf-8")
-            if not text and (headers.get("Content-Length") == "0" or self.response.status == 204):
+            if not text and (
+                self.response.status == 204 or self.response.headers.get("Content-Length") == "0"
+            ):
                 return None
             body.clear()  # an answer of 50 MB is in memory twice, not three times
             data = _loads(text)
@@ -880,48 +825,11 @@ class _Call(urllib.request.Request):
             what = (
                 "HTML: a proxy answered, not LowRouter" if text.lstrip()[:1] == "<" else "no JSON"
             )
-            raise BadResponseError(f"{self.gateway.name} sent {what}", body=text) from None
+            raise BadResponseError(f"{name} sent {what}", body=text) from None
         if "generation_id" not in _dict(data) and _dict(data).get("error"):
             said = _said(data)
-            raise BadResponseError(f"{self.gateway.name} failed: {_line(said['message'])}", **said)
+            raise BadResponseError(f"{name} failed: {_line(said['message'])}", **said)
         return data
-
-
-def _dial(host: str, port: int, clock: _Clock) -> socket.socket:
-    """Try the addresses in turn, each with its share of the time, since one may be dead."""
-    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    clock.enter("connect")  # not before, since nothing bounds the resolver
-    failure = OSError("the name has no address")
-    for number, (*_, address) in enumerate(addresses):
-        try:
-            share = clock.left() / (len(addresses) - number)
-            sock = socket.create_connection((str(address[0]), int(address[1])), share)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if hasattr(socket, "TCP_KEEPIDLE"):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
-            return sock
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def _open_tunnel(sock: socket.socket, target: str, login: str, clock: _Clock) -> None:
-    """Ask the proxy for a way to `target`; of the API key it sees nothing."""
-    credentials = f"Proxy-Authorization: {login}\r\n" if login else ""
-    sock.settimeout(clock.left())
-    sock.sendall(
-        f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{credentials}\r\n".encode("ascii")
-    )
-    wire: Any = _Wire(sock, clock)
-    answer = _Response(wire, method="HEAD")
-    answer.begin()
-    if answer.status == 407:
-        raise APIConnectionError(
-            "the proxy wants a user and password (407): put them into HTTPS_PROXY"
-        )
-    if not 200 <= answer.status < 300:
-        raise OSError(f"the proxy answered {answer.status} {answer.reason}")
 
 
 class _Transport(urllib.request.BaseHandler):
@@ -955,7 +863,6 @@ class _Transport(urllib.request.BaseHandler):
             self.idle.append(connection)
 
     def kept(self) -> _Connection | None:
-        """A kept connection that is still good."""
         if self.pid != os.getpid():
             self.pid, parents, self.idle = os.getpid(), self.idle, []
             for connection in parents:
@@ -970,28 +877,54 @@ class _Transport(urllib.request.BaseHandler):
 
     def tls(self) -> ssl.SSLContext:
         """The one context of this client: loading the CAs takes 20 ms."""
-        file, directory = self.gateway.ca_file, self.gateway.ca_directory
+        file, path = self.gateway.ca_file, self.gateway.ca_path
         with self.lock:
             if self.context is None:
                 try:
-                    os.stat(directory or file or ".")  # OpenSSL takes a folder that is not there
-                    self.context = ssl.create_default_context(cafile=file, capath=directory)
+                    os.stat(path or file or ".")  # OpenSSL does not mind a folder that is not there
+                    self.context = ssl.create_default_context(cafile=file, capath=path)
                 except (OSError, ValueError) as error:
-                    raise ConfigError(
-                        f"the CA file {file or directory} is no use: {error}"
-                    ) from None
+                    raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
                 self.context.set_alpn_protocols(["http/1.1"])
             return self.context
 
+    def dial(self, clock: _Clock) -> socket.socket:
+        """Try the addresses in turn, each with its share of the time, since one may be dead."""
+        host, port, _ = self.gateway.proxy or (self.gateway.host, self.gateway.port, "")
+        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        clock.enter("connect")  # not before, since nothing bounds the resolver
+        failure = OSError("the name has no address")
+        for number, (*_, address) in enumerate(addresses):
+            try:
+                share = clock.left() / (len(addresses) - number)
+                return socket.create_connection(address[:2], share)  # type: ignore[arg-type]
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def open_tunnel(self, sock: socket.socket, clock: _Clock, login: str) -> None:
+        """Ask the proxy for a way to the gateway; of the API key it sees nothing."""
+        lines = "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n".format(self.gateway.target)
+        lines += f"Proxy-Authorization: {login}\r\n\r\n" if login else "\r\n"
+        sock.settimeout(clock.left())
+        sock.sendall(lines.encode("ascii"))
+        wire: Any = _Wire(sock, clock)
+        answer = _Response(wire, method="HEAD")
+        answer.begin()
+        if answer.status == 407:
+            raise APIConnectionError(
+                "the proxy wants user and password (407): put them into HTTPS_PROXY"
+            )
+        if not 200 <= answer.status < 300:
+            raise OSError(f"the proxy answered {answer.status} {answer.reason}")
+
     def connect(self, clock: _Clock) -> _Connection:
-        """TCP, CONNECT where there is a proxy, TLS."""
-        gateway = self.gateway
-        context = self.tls() if gateway.tls else None
-        host, port, login = gateway.proxy or (gateway.host, gateway.port, "")
-        sock = _dial(host, port, clock)
+        gateway, context = self.gateway, self.tls() if self.gateway.tls else None
+        sock = self.dial(clock)
         try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context and gateway.proxy:
-                _open_tunnel(sock, gateway.target, login, clock)
+                self.open_tunnel(sock, clock, gateway.proxy[2])
             if context:
                 sock.settimeout(clock.left())
                 sock = context.wrap_socket(sock, server_hostname=gateway.host)
@@ -1003,7 +936,7 @@ class _Transport(urllib.request.BaseHandler):
         return connection
 
     def http_open(self, call: _Call) -> _Call:
-        """What the opener calls. A kept connection may die at any time: then a new one, once."""
+        """What the opener calls. A kept connection may have died: then a new one is taken, once."""
         call.keep, connection = self.keep, self.kept()
         if connection:
             try:
@@ -1028,7 +961,7 @@ class _Transport(urllib.request.BaseHandler):
                 return take(call)
             except _FOREIGN as cause:
                 call.close()
-                error = call.clean(call.failure(cause))
+                error = call.failure(cause)
             wait = getattr(error, "retry_after", None)
             wait = pause * random.uniform(0.75, 1) if wait is None else wait
             if not tries_left or not error._again or not call.clock.pause(wait):
@@ -1036,7 +969,7 @@ class _Transport(urllib.request.BaseHandler):
             pause = min(pause * 2, longest)
 
 
-# ---- server-sent events: blocks -> lines -> events; the WHATWG rules, knowing neither JSON nor us --
+# ---- server-sent events: blocks -> lines -> events; WHATWG's rules, knowing neither JSON nor us --
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
@@ -1053,14 +986,11 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
         if end:
             text = b"".join(rest).decode(codec, "replace")
             rest, size, codec = [block[end:]], len(block) - end, "utf-8"
-            if "\r" in text:
-                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
             yield from text[:-1].split("\n")
         elif size > _EVENT_LIMIT:
             raise StreamError(f"a line of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
-    text = b"".join(rest).decode(codec, "replace")
-    if text:
-        yield text
+    yield b"".join(rest).decode(codec, "replace")
 
 
 def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -1081,34 +1011,31 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
             event, data, size = "", [], 0
 
 
-# ---- assembly: events -> chunks -> completion; pure, and the only room that knows choices[].delta --
+# ---- assembly: events -> chunks -> completion; pure, and the only room that knows choices[].delta
 
-_ROUTED = ("generation_id", "provider", "region")
 _PIECES = frozenset(("content", "reasoning", "reasoning_content", "refusal", "arguments"))
-
-
-def _slot(kept: dict[str, Any], name: str, kind: Any) -> Any:
-    """The part of `kept` that grows, made when it is first needed."""
-    if not isinstance(kept.get(name), kind):
-        kept[name] = kind()
-    return kept[name]
 
 
 def _merge(kept: dict[str, Any], piece: dict[str, Any], depth: int = 4) -> None:
     """Add a delta: texts grow, lists are extended, dicts are merged, the last other value counts."""
+
+    def slot(kind: Any) -> Any:  # the part of `kept` that grows, made when it is first needed
+        if not isinstance(kept.get(name), kind):
+            kept[name] = kind()
+        return kept[name]
+
     for name, value in piece.items():
         if name in _PIECES and isinstance(value, str):
-            _slot(kept, name, io.StringIO).write(value)  # += would copy the whole text each time
+            slot(io.StringIO).write(value)  # += would copy the whole text each time
         elif name == "tool_calls":
-            calls = _slot(kept, name, dict)  # by index, else by id, else the last one
-            for call in map(_dict, _list(value)):
+            for call in map(_dict, _list(value)):  # by index, else by id, else the last one
                 known = [str(call[key]) for key in ("index", "id") if call.get(key) is not None]
-                place = (known or list(calls)[-1:] or ["0"])[0]
-                _merge(calls.setdefault(place, {}), call, depth - 1)
+                place = (known or list(slot(dict))[-1:] or ["0"])[0]
+                _merge(slot(dict).setdefault(place, {}), call, depth - 1)
         elif isinstance(value, list):
-            _slot(kept, name, list).extend(value)
+            slot(list).extend(value)
         elif isinstance(value, dict) and depth:
-            _merge(_slot(kept, name, dict), value, depth - 1)
+            _merge(slot(dict), value, depth - 1)
         elif value not in (None, "") or name not in kept:
             kept[name] = value
 
@@ -1119,11 +1046,11 @@ def _plain(value: Any, depth: int = 8) -> Any:
         return value.getvalue()
     if isinstance(value, dict) and depth:
         calls = value.get("tool_calls")
-        plain = {name: _plain(each, depth - 1) for name, each in value.items()}
-        if isinstance(calls, dict):
-            plain["tool_calls"] = [_plain(call, depth - 2) for call in calls.values()]
-        return plain
-    return list(value) if isinstance(value, list) else value
+        value = {**value, "tool_calls": list(calls.values())} if isinstance(calls, dict) else value
+        return {name: _plain(each, depth - 1) for name, each in value.items()}
+    if isinstance(value, list) and depth:
+        return [_plain(each, depth - 1) for each in value]
+    return value
 
 
 class _Assembly:
@@ -1133,16 +1060,15 @@ class _Assembly:
         self.headers, self.done = headers, False
         self.fields: dict[str, Any] = {}  # what is said of the answer as a whole
         self.choices: dict[int, dict[str, Any]] = {}
-        self.routed = {n: headers.get("X-LowRouter-" + n.replace("_", "-")) for n in _ROUTED}
         self.whole: Completion | None = None  # when the gateway did not stream at all
 
     def add(self, chunk: Chunk) -> None:
-        usage = chunk.get("usage") or self.fields.get("usage")
+        usage, routed = self.fields.get("usage"), self.fields.get("lowrouter")
         self.fields.update(chunk)
-        if usage:
+        if usage and not chunk.get("usage"):
             self.fields["usage"] = usage
-        if "lowrouter" in chunk:
-            self.routed.update(_dict(chunk["lowrouter"]))
+        if routed:
+            self.fields["lowrouter"] = {**routed, **_dict(chunk.get("lowrouter"))}
         for position, choice in enumerate(map(_dict, _list(chunk.get("choices")))):
             index = choice.get("index")
             index = index if isinstance(index, int) else position
@@ -1165,10 +1091,14 @@ class _Assembly:
         completion = Completion(self.whole or self.fields)
         completion.headers = self.headers
         if self.whole is None and self.fields:
-            routed = {name: value for name, value in self.routed.items() if value is not None}
-            choices = [_plain(choice) for _, choice in sorted(self.choices.items())]
-            completion.update({"object": "chat.completion", "choices": choices})
-            completion.update({"lowrouter": routed} if routed else {})
+            names = ("generation_id", "provider", "region")
+            routed = {
+                name: getattr(completion, name) for name in names if getattr(completion, name)
+            }
+            completion["object"] = "chat.completion"
+            completion["choices"] = [_plain(choice) for _, choice in sorted(self.choices.items())]
+            if routed:
+                completion["lowrouter"] = {**routed, **_dict(self.fields.get("lowrouter"))}
         return completion
 
 
@@ -1195,7 +1125,7 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             raise StreamError(f"the stream was cut, or is not LowRouter's: {_line(data[:80])}")
 
 
-# ---- model cache: the only room that writes to the disk; a bad cache is a miss, never an error ----
+# ---- model cache: the only room that writes to the disk; a bad cache is a miss, never an error ---
 
 
 def _are_models(models: Any) -> bool:
@@ -1218,21 +1148,19 @@ class _ModelCache:
     def read(self, key: str) -> tuple[float, list[dict[str, Any]]] | None:
         """The age in seconds of the wall clock and a fresh copy of the list; None for a miss."""
         path = self.path(key)
-        try:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             if path not in self.texts and self.directory:
                 with open(path, encoding="utf-8") as file:
                     self.texts[path] = file.read(_ANSWER_LIMIT)
             record = _loads(self.texts[path])
             age, models = time.time() - record["saved"], record["models"]
-            good = age >= 0 and record["base_url"] == self.base_url and _are_models(models)
-            return (age, models) if good else None
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+            if age >= 0 and record["base_url"] == self.base_url and _are_models(models):
+                return age, models
+        return None
 
     def write(self, key: str, models: list[dict[str, Any]]) -> None:
-        path = self.path(key)
-        record = {"saved": time.time(), "base_url": self.base_url, "models": models}
-        self.texts[path] = json.dumps(record)
+        path, record = self.path(key), {"saved": time.time(), "base_url": self.base_url}
+        self.texts[path] = json.dumps({**record, "models": models})
         with contextlib.suppress(OSError):
             if self.directory:
                 os.makedirs(self.directory, mode=0o700, exist_ok=True)
@@ -1242,7 +1170,7 @@ class _ModelCache:
                 os.replace(draft, path)
 
 
-# ---- client: composition only ---------------------------------------------------------------------
+# ---- client: composition only --------------------------------------------------------------------
 
 
 def _check_route(call: _Call, answer: _Answer) -> None:
@@ -1257,8 +1185,9 @@ def _check_route(call: _Call, answer: _Answer) -> None:
             )
 
 
-def _whole(call: _Call, data: Any) -> Completion:
-    """The completion that came as one JSON object."""
+def _whole(call: _Call, first: bytes = b"") -> Completion:
+    """The completion that comes as one JSON object."""
+    data = call.json(first)
     completion = Completion(_dict(data))
     completion.headers = call.response.headers
     choices = completion.get("choices")
@@ -1287,7 +1216,7 @@ def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> I
             return
         error.completion = assembly.completion() if assembly.fields else None
         error.generation_id = assembly.completion().generation_id
-        raise call.clean(error) from None
+        raise call.failure(error) from None
     finally:
         call.close()
 
@@ -1303,27 +1232,24 @@ class Stream:
         self.headers, self._call = call.response.headers, call
         self._assembly = _Assembly(self.headers)
         self._error: LowRouterError | None = None
-        self._chunks: Iterator[Chunk]
         _check_route(call, self.completion)
         kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
         if "json" in kind or first.lstrip()[:1] in (b"{", b"[", b"<"):
-            self._assembly.whole = _whole(call, call.json(first))
+            self._assembly.whole = _whole(call, first)
             chunk = Chunk(self._assembly.whole)
             chunk.headers = self.headers
-            self._chunks = iter([chunk])
+            self._chunks: Iterator[Chunk] = iter([chunk])
         else:
             self._chunks = _read_stream(call, itertools.chain([first], blocks), self._assembly)
-
-    @property
-    def generation_id(self) -> Any:
-        """Known from the response headers before the first chunk; a str or None."""
-        return self.completion.generation_id
 
     @property
     def completion(self) -> Completion:
         """What has been put together so far, in the type that `chat()` returns."""
         return self._assembly.completion()
+
+    #: Known from the response headers before the first chunk.
+    generation_id = property(lambda self: self.completion.generation_id)
 
     def result(self) -> Completion:
         """Read to the end and return the whole answer, StreamError when it cannot be had."""
@@ -1386,11 +1312,11 @@ class Client:
             raise ConfigError(f"max_retries must be a whole number from 0 up, not {max_retries!r}")
         url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
         self._gateway, self._key = _Gateway(url, allow_http, ca_file), _Key(api_key)
-        self._model, self._route, self._headers = model, route, _extra_headers(headers)
+        self._model, self._route, self._headers = model, route, _extra_headers(headers or {})
         self._timeout, self._deadline, self._ca_file = timeout, deadline, ca_file
         self._clock({})  # which checks both
-        cache = cache_dir or os.environ.get("LOWROUTER_CACHE_DIR")
-        self._cache = _ModelCache(cache, self._gateway.url)
+        directory = cache_dir or os.environ.get("LOWROUTER_CACHE_DIR")
+        self._cache = _ModelCache(directory, self._gateway.url)
         self._transport = _Transport(self._gateway, max_retries)
 
     def __repr__(self) -> str:
@@ -1416,16 +1342,16 @@ class Client:
         self._transport.close()
 
     def _clock(self, options: dict[str, Any]) -> _Clock:
-        timeout, deadline = options.pop("timeout", None), options.pop("deadline", None)
+        timeout, deadline = options.get("timeout"), options.get("deadline")
         timeout = _seconds("timeout", self._timeout if timeout is None else timeout, 0)
         deadline = self._deadline if deadline is None else deadline
-        return _Clock(timeout, None if deadline is None else _seconds("deadline", deadline))
+        return _Clock(
+            timeout, None if deadline is None else _seconds("deadline", deadline, -_FOREVER)
+        )
 
     def _call(self, options: dict[str, Any], method: str, path: str, body: Any = None) -> _Call:
         clock = self._clock(options)
-        call = _Call(self._gateway, self._key.current(), method, path, body)
-        for name, value in self._headers.items():
-            call.add_header(name, value)
+        call = _Call(self._gateway, self._key.current(), method, path, body, self._headers)
         call.clock = clock
         return call
 
@@ -1441,8 +1367,7 @@ class Client:
         `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
         are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
         """
-        call = self._chat_call(messages, False, options)
-        answer: Completion = self._transport.send(call, lambda call: _whole(call, call.json()))
+        answer: Completion = self._transport.send(self._chat_call(messages, False, options), _whole)
         return answer
 
     def stream(self, messages: str | list[dict[str, Any]], **options: Any) -> Stream:
@@ -1458,8 +1383,7 @@ class Client:
     ) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
         body = _chat_body(messages, stream, self._model, self._route, options)
-        flags = ["-N"] if stream else []
-        flags += ["--cacert", os.fspath(self._ca_file)] if self._ca_file else []
+        flags = ["-N"] * stream + (["--cacert", str(self._ca_file)] if self._ca_file else [])
         return _curl_command(self._gateway.url + "/chat/completions", body, self._headers, flags)
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
@@ -1500,23 +1424,22 @@ class Client:
         For `wait` seconds a record that is not written yet is asked for again.
         """
         call = self._call({}, "GET", _generation_path(generation_id))
-        patience = _Clock(_TIMEOUT, min(_seconds("wait", wait), call.clock.end - time.monotonic()))
-        pause, longest = _POLL
-        while True:
+        patience = _Clock(_TIMEOUT, _seconds("wait", wait, -_FOREVER))
+        patience.end = min(patience.end, call.clock.end)
+        for pause in itertools.chain((_POLL[0], 2 * _POLL[0]), itertools.repeat(_POLL[1])):
             try:
                 record = _dict(self._transport.send(call, _Call.json))
                 break
             except NotFoundError:
                 if not patience.pause(pause):
                     raise
-            pause = min(pause * 2, longest)
-        record = record if "generation_id" in record else record.get("data", record)
-        if not record or not isinstance(record, dict):
-            raise BadResponseError(f"{self._gateway.name} sent no record", body=record)
+        record = record if "generation_id" in record else _dict(record.get("data")) or record
+        if not record:
+            raise BadResponseError(f"{self._gateway.name} sent no record of {generation_id}")
         return record
 
 
-# ---- functions: one client for the whole program, made at the first call --------------------------
+# ---- functions: one client for the whole program, made at the first call -------------------------
 
 _shared: dict[tuple[str | None, ...], Client] = {}
 
@@ -1524,11 +1447,12 @@ _shared: dict[tuple[str | None, ...], Client] = {}
 def _client() -> Client:
     """The shared client, made anew when a variable of the environment has changed."""
     environment = tuple(map(os.environ.get, _VARIABLES))
-    if environment not in _shared:
+    client = _shared.get(environment)
+    if client is None:
         client = Client()
         _shared.clear()  # what is under way keeps the old one until it ends
         _shared[environment] = client
-    return _shared.get(environment) or Client()
+    return client
 
 
 def chat(messages: str | list[dict[str, Any]], **options: Any) -> Completion:
