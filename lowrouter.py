@@ -397,35 +397,30 @@ class _Key:
     """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        self.file, self.value = "", ""
-        for source, given in (("api_key", api_key), ("LOWROUTER_API_KEY", None)):
-            self.value = self.value or self.checked(source, given or os.environ.get(source, ""))
-        self.file = "" if self.value else os.environ.get("LOWROUTER_API_KEY_FILE", "")
+        variables = ("LOWROUTER_API_KEY", "LOWROUTER_API_KEY_FILE")
+        variable, self.file = (os.environ.get(name, "") for name in variables)
+        self.value = self.check("api_key", api_key or "") or self.check(variables[0], variable)
+        self.file = "" if self.value else self.file
         if not self.current():
             raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
 
-    def __repr__(self) -> str:
-        return f"'...{self.value[-4:] if len(self.value) > 8 else ''}'"
-
-    @staticmethod
-    def checked(source: str, key: str) -> str:
+    def check(self, source: str, key: str) -> str:
         key = str(key).strip()  # CI secrets end in a newline
         bad = re.search(r"[^!-~]", key)
         if bad:
-            place = f"at position {bad.start() + 1} of {len(key)}"
-            raise ConfigError(f"the API key from {source} has a character that no key has, {place}")
+            at = f"{bad.start() + 1} of {len(key)}"
+            raise ConfigError(f"the API key from {source} has a character that no key has, at {at}")
         return key
 
     def current(self) -> str:
         try:
             if self.file:
                 with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                    key = file.read(_ERROR_LIMIT)
-                self.value = self.checked(self.file, key) or self.value
+                    self.value = self.check(self.file, file.read(_ERROR_LIMIT)) or self.value
         except OSError as error:
             if not self.value:  # else it is just being replaced, and the one we have still serves
-                reason = f"{self.file} cannot be read: {error.strerror}"
-                raise ConfigError(f"LOWROUTER_API_KEY_FILE: {reason}") from None
+                reason = f"{self.file}: {error.strerror}"
+                raise ConfigError(f"LOWROUTER_API_KEY_FILE cannot be read: {reason}") from None
         return self.value
 
 
@@ -461,7 +456,7 @@ class _Gateway:
         try:
             parts = urllib.parse.urlsplit(base_url.strip())
             self.host = (parts.hostname or "").encode("idna").decode("ascii")
-            self.tls, self.port = parts.scheme == "https", parts.port or 0
+            port, self.tls = parts.port, parts.scheme == "https"
         except (ValueError, AttributeError):
             raise ConfigError(f"the base URL {base_url!r} has no valid host and port") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
@@ -471,16 +466,22 @@ class _Gateway:
         if not (self.tls or allow_http or _is_loopback(self.host)):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
-        self.netloc = f"[{self.host}]" if ":" in self.host else self.host
-        self.target = f"{self.netloc}:{self.port or 443}"  # for CONNECT
-        self.netloc += f":{self.port}" if self.port else ""
+        host, self.port = f"[{self.host}]" if ":" in self.host else self.host, port or 443
+        self.target = f"{host}:{self.port}"  # for CONNECT
+        self.port = port or (443 if self.tls else 80)
+        self.netloc = f"{host}:{port}" if port else host
         path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
         self.url = f"{parts.scheme}://{self.netloc}{path}"
-        self.port = self.port or (443 if self.tls else 80)
         self.proxy = self.find_proxy(parts.scheme)
-        through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
-        self.name = self.host + through  # for messages
-        self.ca_file, self.ca_path = self.find_authorities(ca_file)
+        self.name = self.host + (
+            " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
+        )
+        given, get = os.fspath(ca_file) if ca_file else "", os.environ.get
+        file, self.ca_path = given or get("SSL_CERT_FILE"), None if given else get("SSL_CERT_DIR")
+        bundle = "" if self.ca_path else get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
+        self.ca_file = file or bundle or None
+        if self.ca_file and os.path.isdir(self.ca_file):
+            self.ca_file, self.ca_path = None, self.ca_file
 
     def find_proxy(self, scheme: str) -> tuple[str, int, str] | None:
         """Host, port and Basic credentials of the proxy; loopback never goes through one."""
@@ -497,17 +498,6 @@ class _Gateway:
         login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
         encoded = base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
         return host, port, "Basic " + encoded if "@" in parts.netloc else ""
-
-    @staticmethod
-    def find_authorities(ca_file: Any) -> tuple[str | None, str | None]:
-        """The CA file and directory that replace those of the system."""
-        get = os.environ.get
-        file, path = (
-            (os.fspath(ca_file), None) if ca_file else (get("SSL_CERT_FILE"), get("SSL_CERT_DIR"))
-        )
-        if not file and not path:
-            file = get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
-        return (None, file) if file and os.path.isdir(file) else (file or None, path or None)
 
 
 # ---- clock: how long one call may still wait -----------------------------------------------------
@@ -611,10 +601,8 @@ class _Wire(io.BufferedReader):
     def hang_up(self) -> None:
         self.source.sock.close()
 
-    __del__ = hang_up
-
     def wake(self) -> None:
-        """End the wait of another thread, as closing alone does not; not that of a parent process."""
+        """End the wait of another thread, as closing alone does not, but not that of a parent."""
         with contextlib.suppress(OSError):
             if self.source.pid == os.getpid():
                 self.source.sock.shutdown(socket.SHUT_RDWR)
@@ -631,9 +619,18 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Connection(http.client.HTTPConnection):
+    """A connection that stands already; it hangs up when it is dropped."""
+
     response_class = _Response
     debuglevel = 0  # whatever the program sets for all of them: http.client would print the key
-    sock: _Wire  # type: ignore[assignment]
+
+    def __init__(self, gateway: _Gateway, sock: socket.socket, clock: _Clock) -> None:
+        super().__init__(gateway.host, gateway.port)
+        self.wire: Any = _Wire(sock, clock)
+        self.sock = self.wire
+
+    def __del__(self) -> None:
+        self.wire.hang_up()
 
 
 class _Call(urllib.request.Request):
@@ -642,7 +639,7 @@ class _Call(urllib.request.Request):
     connection: _Connection
     response: http.client.HTTPResponse
     keep: Callable[[_Connection], None]
-    wire: _Wire | None = None  # that of the connection, as long as the call owns it
+    wire: Any = None  # that of the connection, as long as the call owns it
     streams = sent = abandoned = False
 
     def __init__(self, gateway: _Gateway, key: str, method: str, path: str, body: Any, extra: Any):
@@ -676,41 +673,31 @@ class _Call(urllib.request.Request):
         return error
 
     def translated(self, cause: Exception) -> LowRouterError:
-        """Our error for one of the standard library's."""
-        clock, reason, details = self.clock, _line(cause) or type(cause).__name__, {}
-        phase, again = clock.phase, self.idempotent or clock.phase == "connect"
-        kind: type[LowRouterError] = APIConnectionError
-        if isinstance(cause, (socket.timeout, TimeoutError)):
-            kind, details["phase"] = (
-                APITimeoutError,
-                "deadline" if clock.end <= clock.until else phase,
-            )
-            reason = f"time-out ({details['phase']})"
-        elif phase == "idle":
-            kind = StreamError if self.streams else BadResponseError
-        elif phase == "response" and not isinstance(cause, OSError):
-            kind = BadResponseError
-        elif isinstance(cause, ssl.SSLCertVerificationError):
-            again, trusted = (
-                False,
-                self.gateway.ca_file or self.gateway.ca_path or "the system's CAs",
-            )
-            reason = (
-                f"its certificate was refused ({cause.verify_message}; checked against {trusted};"
-            )
-            reason += " set SSL_CERT_FILE to the file of a private CA)"
-        if self.sent and not again:
-            reason += "; the call may have been billed, so it is not sent again"
+        clock, again = self.clock, self.idempotent or self.clock.phase == "connect"
+        late, phase = isinstance(cause, (socket.timeout, TimeoutError)), clock.phase
         what = {
             "connect": "cannot be reached",
             "response": "did not answer",
             "idle": "cut its answer",
         }
-        return kind(f"{self.gateway.name} {what[phase]}: {reason}", _again=again, **details)
+        reason = f"{self.gateway.name} {what[phase]}: {_line(cause) or type(cause).__name__}"
+        kind: type[LowRouterError] = APIConnectionError
+        if phase == "idle" or (phase == "response" and not isinstance(cause, OSError)):
+            kind = StreamError if self.streams and phase == "idle" else BadResponseError
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
+            reason += f"; checked against {trusted}: SSL_CERT_FILE names the file of a private CA"
+            again = False
+        if self.sent and not again:
+            reason += "; the call may have been billed, so it is not sent again"
+        if late:
+            phase = "deadline" if clock.end <= clock.until else phase
+            return APITimeoutError(f"{reason} ({phase})", phase=phase, _again=again)
+        return kind(reason, _again=again)
 
     def exchange(self, connection: _Connection) -> _Call:
         """Send the request and read the head of the answer."""
-        self.connection, self.wire, self.sent = connection, connection.sock, False
+        self.connection, self.wire, self.sent = connection, connection.wire, False
         self.wire.source.clock = self.clock
         self.clock.enter("response")
         unsent = None
@@ -735,7 +722,10 @@ class _Call(urllib.request.Request):
         """Raise unless the gateway said yes, in the coding that was asked for."""
         status, headers, name = self.response.status, self.response.headers, self.gateway.name
         if status >= 400:
-            error = _status_error(name, status, self.response.reason, headers, self.error_text())
+            body = bytearray()
+            self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
+            text = body[:_ERROR_LIMIT].decode("utf-8", "replace")
+            error = _status_error(name, status, self.response.reason, headers, text)
             error._again &= not (status == 503 and self.pins)
             raise error
         if not 200 <= status < 300:
@@ -754,19 +744,19 @@ class _Call(urllib.request.Request):
         try:
             block = response.read1(_BLOCK)  # read(n) would wait for n bytes
             # http.client takes a body short of its length for whole, and -5 for the size of a chunk
-            if (response.length and not block) or (
-                response.chunked and (response.chunk_left or 0) < 0
-            ):
+            negative = response.chunked and (response.chunk_left or 0) < 0
+            if negative or (response.length and not block):
                 raise http.client.IncompleteRead(b"")
         except _FOREIGN as cause:
             self.close()
             raise self.translated(cause) from None
         if not block:
             response.close()  # before 3.13 a body that was read by read1 never counts as closed
+            wire, self.wire = self.wire, None
             if self.sent and not response.will_close and not self.abandoned:
-                self.wire = None
                 self.keep(self.connection)
-            self.close()
+            else:
+                wire.hang_up()
         return block
 
     def close(self) -> None:
@@ -794,16 +784,6 @@ class _Call(urllib.request.Request):
         with contextlib.suppress(LowRouterError):
             read()
         self.clock.end = end
-
-    def error_text(self) -> str:
-        body = bytearray()
-        self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
-        return body[:_ERROR_LIMIT].decode("utf-8", "replace")
-
-    def settle(self) -> None:
-        """After the last event: keep the connection if the body ends now."""
-        self.within(_SETTLE_SECONDS, self.read)
-        self.close()
 
     def json(self, first: bytes = b"") -> Any:
         """The body, of which `first` was read already, as JSON; None where there is none (204)."""
@@ -853,12 +833,12 @@ class _Transport(urllib.request.BaseHandler):
         """Hang up what is idle; what is in use follows when it is given back."""
         self.closed = True
         while self.idle:
-            self.idle.pop().sock.hang_up()
+            self.idle.pop().wire.hang_up()
 
     def keep(self, connection: _Connection) -> None:
-        connection.sock.idle_since = (time.monotonic(), time.time())
-        if self.closed or connection.sock.source.pid != self.pid:
-            connection.sock.hang_up()
+        connection.wire.idle_since = (time.monotonic(), time.time())
+        if self.closed or connection.wire.source.pid != self.pid:
+            connection.wire.hang_up()
         else:
             self.idle.append(connection)
 
@@ -866,27 +846,25 @@ class _Transport(urllib.request.BaseHandler):
         if self.pid != os.getpid():
             self.pid, parents, self.idle = os.getpid(), self.idle, []
             for connection in parents:
-                connection.sock.hang_up()
+                connection.wire.hang_up()
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.sock.fresh():
+                if connection.wire.fresh():
                     return connection
-                connection.sock.hang_up()
+                connection.wire.hang_up()
         return None
 
     def tls(self) -> ssl.SSLContext:
-        """The one context of this client: loading the CAs takes 20 ms."""
+        """The one context of this client, made at the first call: loading the CAs takes 20 ms."""
         file, path = self.gateway.ca_file, self.gateway.ca_path
         with self.lock:
-            if self.context is None:
-                try:
-                    os.stat(path or file or ".")  # OpenSSL does not mind a folder that is not there
-                    self.context = ssl.create_default_context(cafile=file, capath=path)
-                except (OSError, ValueError) as error:
-                    raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
-                self.context.set_alpn_protocols(["http/1.1"])
-            return self.context
+            try:
+                os.stat(path or file or ".")  # OpenSSL does not mind a folder that is not there
+                self.context = self.context or ssl.create_default_context(cafile=file, capath=path)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
+        return self.context
 
     def dial(self, clock: _Clock) -> socket.socket:
         """Try the addresses in turn, each with its share of the time, since one may be dead."""
@@ -931,9 +909,7 @@ class _Transport(urllib.request.BaseHandler):
         except BaseException:
             sock.close()
             raise
-        connection = _Connection(gateway.host, gateway.port)
-        connection.sock = _Wire(sock, clock)
-        return connection
+        return _Connection(gateway, sock, clock)
 
     def http_open(self, call: _Call) -> _Call:
         """What the opener calls. A kept connection may have died: then a new one is taken, once."""
@@ -1207,7 +1183,7 @@ def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> I
                 _check_route(call, chunk)
             yield chunk
         if assembly.done:
-            call.settle()
+            call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():
             raise StreamError(f"{call.gateway.name} ended the stream before the answer")
     except LowRouterError as error:
