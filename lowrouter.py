@@ -70,6 +70,7 @@ _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [s
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
+_MESSAGE_LIMIT = 400  # characters of an error's message: some lines of a terminal
 _EVENT_LIMIT = 1 << 24  # bytes of a line or an event of a stream: an image in base64 fits
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
@@ -84,6 +85,16 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _text(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts."""
+    texts = [_dict(part).get("text") for part in _list(content)] or [content]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _header(name: str) -> str:
+    return "X-LowRouter-" + name.replace("_", "-")  # [docs]
+
+
 class _Answer(dict):  # type: ignore[type-arg]
     """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
 
@@ -93,32 +104,31 @@ class _Answer(dict):  # type: ignore[type-arg]
         choices = list(map(_dict, _list(self.get("choices"))))
         return next((c for i, c in enumerate(choices) if c.get("index", i) in (0, None)), {})
 
-    def _part(self, name: str) -> Any:
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message, or the delta, of choice 0; {} when there is none."""
         choice = self._choice()
-        return _dict(choice["delta"] if "delta" in choice else choice.get("message")).get(name)
+        return _dict(choice["delta"] if "delta" in choice else choice.get("message"))
 
     def _routed(self, name: str) -> Any:
         value = _dict(self.get("lowrouter")).get(name)  # in the block, else in a header [docs]
-        header = "X-LowRouter-" + name.replace("_", "-")
-        return self.headers.get(header) if value is None and self.headers else value
+        return self.headers.get(_header(name)) if value is None and self.headers else value
 
     @property
     def text(self) -> str:
         """The text of choice 0, "" when there is none."""
-        content = self._part("content")
-        texts = [_dict(part).get("text") for part in _list(content)] or [content]
-        return "".join(text for text in texts if isinstance(text, str))
+        return _text(self.message.get("content"))
 
     @property
     def reasoning(self) -> str:
         """What the model thought aloud, "" when that is not told."""
-        thought = self._part("reasoning") or self._part("reasoning_content")
+        thought = self.message.get("reasoning") or self.message.get("reasoning_content")
         return thought if isinstance(thought, str) else ""
 
     @property
     def tool_calls(self) -> list[Any]:
         """The tool calls of choice 0 as OpenAI's dicts, [] when there are none."""
-        return _list(self._part("tool_calls"))
+        return _list(self.message.get("tool_calls"))
 
     @property
     def usage(self) -> dict[str, Any] | None:
@@ -242,15 +252,22 @@ _STATUS_ERRORS = {
 
 def _line(text: Any) -> str:
     """Foreign text, as a part of a one-line message."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split())[:300])
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
+_scan = json.JSONDecoder().raw_decode  # json.loads looks for white space with two regexes a call
 
 
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
+    text = text.strip("\ufeff \t\r\n")
     try:
-        return json.loads(text[text.startswith("\ufeff") :])
+        value, end = _scan(text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
+    if end < len(text):
+        raise ValueError("more than one JSON value")
+    return value
 
 
 def _said(body: Any) -> dict[str, Any]:
@@ -281,7 +298,7 @@ def _status_error(
     with contextlib.suppress(ValueError):
         said = _said(_loads(text))
     said["message"] = said["message"] or reason
-    error = kind(f"{name} answered {status}: {_line(said['message'])} ({advice})", **said)
+    error = kind(f"{name} answered {status} ({advice}): {_line(said['message'])}", **said)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     error.generation_id = headers.get("X-LowRouter-Generation-ID")
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
@@ -341,14 +358,12 @@ def _headers(netloc: str, key: str, has_body: bool, extra: dict[str, str]) -> di
 def _extra_headers(headers: dict[str, str]) -> dict[str, str]:
     """The caller's own headers, checked, since http.client would quote a bad one in its error."""
     for name, value in headers.items():
-        if (
-            not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", str(name), re.A)
-            or name.lower() in _OUR_HEADERS
-        ):
+        known = isinstance(name, str) and re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.A)
+        if not known or name.lower() in _OUR_HEADERS:
             raise ConfigError(f"headers: {name!r} is no header name, or the client sets it itself")
-        if not re.fullmatch(r"[\t\x20-\x7e]*", str(value)):
+        if not isinstance(value, str) or not re.fullmatch(r"[\t\x20-\x7e]*", value):
             raise ConfigError(f"headers: the value of {name} must be printable ASCII")
-    return {name: str(value) for name, value in headers.items()}
+    return dict(headers)
 
 
 def _generation_path(generation_id: str) -> str:
@@ -374,7 +389,7 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
         '-H "Authorization: Bearer $LOWROUTER_API_KEY"',
         "-H 'Content-Type: application/json'",
     ]
-    lines += ["-H " + quote(f"{name}: {value}") for name, value in headers.items()]
+    lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in headers.items()]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
 
@@ -385,7 +400,7 @@ HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
 SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
 
 
-def _seconds(name: str, value: Any, least: float) -> float:
+def _seconds(name: str, value: Any, least: float = float("-inf")) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least < value < float("inf"):
         above = " above 0" if least == 0 else ""
@@ -457,6 +472,8 @@ class _Gateway:
             parts = urllib.parse.urlsplit(base_url.strip())
             self.host = (parts.hostname or "").encode("idna").decode("ascii")
             port, self.tls = parts.port, parts.scheme == "https"
+            if re.search(r"[\x00-\x20\x7f\\]", base_url.strip()):
+                raise ValueError
         except (ValueError, AttributeError):
             raise ConfigError(f"the base URL {base_url!r} has no valid host and port") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
@@ -664,12 +681,18 @@ class _Call(urllib.request.Request):
             return type(value)(map(self.scrub, value))
         return value.replace(self.key, "[key]") if isinstance(value, str) else value
 
+    def shown(self, body: bytes | bytearray) -> str:
+        """What an error carries of a body; where that was cut, no first half of the key is left."""
+        text: str = self.scrub(body[:_ERROR_LIMIT].decode("utf-8", "replace"))
+        return text[: _ERROR_LIMIT - len(self.key)]
+
     def failure(self, cause: Exception) -> LowRouterError:
         """Our error for what was raised, by the phase in which it was, and without the key in it."""
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
         answer, error.completion = error.completion, None
         error.args, error.__dict__ = self.scrub(error.args), self.scrub(vars(error))
-        error.completion = answer  # which is the caller's, as it came
+        error.args = tuple(str(each)[:_MESSAGE_LIMIT] for each in error.args)
+        error.completion, error.__context__ = answer, None  # the answer is the caller's, as it came
         return error
 
     def translated(self, cause: Exception) -> LowRouterError:
@@ -712,9 +735,11 @@ class _Call(urllib.request.Request):
             self.response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise unsent or error from None
-        for name, value in self.response.headers.items():
-            if self.key in value:
-                self.response.headers.replace_header(name, self.scrub(value))
+        headers = self.response.headers
+        if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
+            self.response.headers = http.client.HTTPMessage()
+            for name, value in headers.items():
+                self.response.headers[self.scrub(name)] = self.scrub(value)
         self.clock.enter("idle")
         return self
 
@@ -724,8 +749,7 @@ class _Call(urllib.request.Request):
         if status >= 400:
             body = bytearray()
             self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
-            text = body[:_ERROR_LIMIT].decode("utf-8", "replace")
-            error = _status_error(name, status, self.response.reason, headers, text)
+            error = _status_error(name, status, self.response.reason, headers, self.shown(body))
             error._again &= not (status == 503 and self.pins)
             raise error
         if not 200 <= status < 300:
@@ -733,7 +757,14 @@ class _Call(urllib.request.Request):
             host = _line(target[1].rpartition("@")[2]) if target else "another path"
             reason = "the key is sent to the gateway only: check the base URL"
             raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
+        lengths = set(headers.get_all("Content-Length", ["0"]))
+        if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths.pop()):
+            raise BadResponseError(f"{name} sent a broken Content-Length: a proxy may have done it")
+        codings = [
+            headers.get("Transfer-Encoding", "chunked"),
+            headers.get("Content-Encoding", "identity"),
+        ]
+        if [coding.strip().lower() for coding in codings] != ["chunked", "identity"]:
             raise BadResponseError(
                 f"{name} sent an encoded answer unasked: a proxy may have done it"
             )
@@ -750,7 +781,7 @@ class _Call(urllib.request.Request):
         except _FOREIGN as cause:
             self.close()
             raise self.translated(cause) from None
-        if not block:
+        if not block and self.wire:
             response.close()  # before 3.13 a body that was read by read1 never counts as closed
             wire, self.wire = self.wire, None
             if self.sent and not response.will_close and not self.abandoned:
@@ -788,20 +819,21 @@ class _Call(urllib.request.Request):
     def json(self, first: bytes = b"") -> Any:
         """The body, of which `first` was read already, as JSON; None where there is none (204)."""
         body, text, name = bytearray(first), "", self.gateway.name
+        status, length = self.response.status, self.response.headers.get("Content-Length")
         try:
             self.fill(body, _ANSWER_LIMIT)
             text = body.decode("utf-8")
-            if not text and (
-                self.response.status == 204 or self.response.headers.get("Content-Length") == "0"
-            ):
+            if not text and (status == 204 or length == "0" or self.get_method() == "HEAD"):
                 return None
+            if not text:  # a head that was cut looks like a whole one without a body
+                raise self.translated(http.client.IncompleteRead(b""))
             body.clear()  # an answer of 50 MB is in memory twice, not three times
             data = _loads(text)
         except LowRouterError as error:
-            error.body = body[:_ERROR_LIMIT].decode("utf-8", "replace")
+            error.body = self.shown(body)
             raise
         except ValueError:
-            text = (text or body.decode("utf-8", "replace"))[:_ERROR_LIMIT]
+            text = self.shown(body or text.encode("utf-8"))
             what = (
                 "HTML: a proxy answered, not LowRouter" if text.lstrip()[:1] == "<" else "no JSON"
             )
@@ -890,9 +922,8 @@ class _Transport(urllib.request.BaseHandler):
         answer = _Response(wire, method="HEAD")
         answer.begin()
         if answer.status == 407:
-            raise APIConnectionError(
-                "the proxy wants user and password (407): put them into HTTPS_PROXY"
-            )
+            remedy = "put user and password into HTTPS_PROXY"
+            raise APIConnectionError(f"{self.gateway.name} was refused with 407: {remedy}")
         if not 200 <= answer.status < 300:
             raise OSError(f"the proxy answered {answer.status} {answer.reason}")
 
@@ -989,29 +1020,35 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that knows choices[].delta
 
-_PIECES = frozenset(("content", "reasoning", "reasoning_content", "refusal", "arguments"))
+_ROUTED = ("generation_id", "provider", "region")
+_TEXTS = frozenset(("content", "reasoning", "reasoning_content", "refusal"))
 
 
-def _merge(kept: dict[str, Any], piece: dict[str, Any], depth: int = 4) -> None:
-    """Add a delta: texts grow, lists are extended, dicts are merged, the last other value counts."""
+def _slot(kept: dict[str, Any], name: str, kind: Any) -> Any:
+    """The part of `kept` that grows, made when it is first needed."""
+    if not isinstance(kept.get(name), kind):
+        kept[name] = kind()
+    return kept[name]
 
-    def slot(kind: Any) -> Any:  # the part of `kept` that grows, made when it is first needed
-        if not isinstance(kept.get(name), kind):
-            kept[name] = kind()
-        return kept[name]
 
+def _merge(
+    kept: dict[str, Any], piece: dict[str, Any], texts: Any = _TEXTS, depth: int = 4
+) -> None:
+    """Add a delta: texts grow, lists and dicts too, of other values the last one counts."""
     for name, value in piece.items():
-        if name in _PIECES and isinstance(value, str):
-            slot(io.StringIO).write(value)  # += would copy the whole text each time
-        elif name == "tool_calls":
-            for call in map(_dict, _list(value)):  # by index, else by id, else the last one
-                known = [str(call[key]) for key in ("index", "id") if call.get(key) is not None]
-                place = (known or list(slot(dict))[-1:] or ["0"])[0]
-                _merge(slot(dict).setdefault(place, {}), call, depth - 1)
+        if name in texts and value is not None:
+            _slot(kept, name, io.StringIO).write(_text(value))  # += would copy it each time
+        elif name == "tool_calls" and isinstance(value, list):
+            calls = _slot(kept, name, dict)  # by index, else by id, else the last one
+            for call in value:
+                names = [call[key] for key in ("index", "id") if call.get(key) is not None]
+                same = calls.get((names or list(calls)[-1:] or [0])[0], {})
+                calls.update({each: calls.get(each, same) for each in names or [0]})
+                _merge(same, call, (), depth - 1)
         elif isinstance(value, list):
-            slot(list).extend(value)
+            _slot(kept, name, list).extend(value)
         elif isinstance(value, dict) and depth:
-            _merge(slot(dict), value, depth - 1)
+            _merge(_slot(kept, name, dict), value, ("arguments",), depth - 1)
         elif value not in (None, "") or name not in kept:
             kept[name] = value
 
@@ -1022,7 +1059,11 @@ def _plain(value: Any, depth: int = 8) -> Any:
         return value.getvalue()
     if isinstance(value, dict) and depth:
         calls = value.get("tool_calls")
-        value = {**value, "tool_calls": list(calls.values())} if isinstance(calls, dict) else value
+        if isinstance(calls, dict):  # by index and by id, in the order of their beginning
+            value = {
+                **value,
+                "tool_calls": list({id(call): call for call in calls.values()}.values()),
+            }
         return {name: _plain(each, depth - 1) for name, each in value.items()}
     if isinstance(value, list) and depth:
         return [_plain(each, depth - 1) for each in value]
@@ -1035,27 +1076,32 @@ class _Assembly:
     def __init__(self, headers: Message) -> None:
         self.headers, self.done = headers, False
         self.fields: dict[str, Any] = {}  # what is said of the answer as a whole
+        named = ((name, headers.get(_header(name))) for name in _ROUTED)
+        self.routed = {name: value for name, value in named if value is not None}
+        self.usage: Any = None
+        self.failed = False
         self.choices: dict[int, dict[str, Any]] = {}
         self.whole: Completion | None = None  # when the gateway did not stream at all
 
     def add(self, chunk: Chunk) -> None:
-        usage, routed = self.fields.get("usage"), self.fields.get("lowrouter")
         self.fields.update(chunk)
-        if usage and not chunk.get("usage"):
-            self.fields["usage"] = usage
-        if routed:
-            self.fields["lowrouter"] = {**routed, **_dict(chunk.get("lowrouter"))}
-        for position, choice in enumerate(map(_dict, _list(chunk.get("choices")))):
+        self.fields.pop("error", None)
+        if chunk.get("usage"):
+            self.usage = chunk["usage"]
+        if chunk.get("lowrouter"):
+            self.routed.update(chunk["lowrouter"])
+        for position, choice in enumerate(chunk.get("choices") or ()):
             index = choice.get("index")
             index = index if isinstance(index, int) else position
-            kept = self.choices.setdefault(
-                index, {"index": index, "message": {"role": "assistant"}}
-            )
+            kept = self.choices.get(index)
+            if kept is None:
+                kept = self.choices[index] = {"index": index, "message": {"role": "assistant"}}
             for name, value in choice.items():
                 if name == "delta" or (name == "message" and "delta" not in choice):
-                    _merge(kept["message"], _dict(value))
+                    _merge(kept["message"], value or {})
                 elif value is not None and name not in ("index", "message"):
                     _merge(kept, {name: value})
+                    self.failed |= name == "finish_reason" and value == "error"
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
@@ -1067,14 +1113,10 @@ class _Assembly:
         completion = Completion(self.whole or self.fields)
         completion.headers = self.headers
         if self.whole is None and self.fields:
-            names = ("generation_id", "provider", "region")
-            routed = {
-                name: getattr(completion, name) for name in names if getattr(completion, name)
-            }
-            completion["object"] = "chat.completion"
-            completion["choices"] = [_plain(choice) for _, choice in sorted(self.choices.items())]
-            if routed:
-                completion["lowrouter"] = {**routed, **_dict(self.fields.get("lowrouter"))}
+            choices = [_plain(choice) for _, choice in sorted(self.choices.items())]
+            completion.update({"object": "chat.completion", "choices": choices})
+            completion.update({"usage": self.usage} if self.usage else {})
+            completion.update({"lowrouter": dict(self.routed)} if self.routed else {})
         return completion
 
 
@@ -1087,18 +1129,17 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
         try:
             chunk = Chunk(_dict(_loads(data)))
             chunk.headers = assembly.headers
-            assembly.add(chunk)
-        except (ValueError, RecursionError, MemoryError):
+            if chunk.get("choices") or not chunk.get("error"):
+                assembly.add(chunk)
+        except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
             chunk = Chunk()
-        choices = map(_dict, _list(chunk.get("choices")))
-        failed = chunk.get("error") or any(each.get("finish_reason") == "error" for each in choices)
-        if failed or event == "error":
+        if event == "error" or chunk.get("error") or assembly.failed:
             said = _said(chunk or data)
             raise StreamError(f"the gateway failed in the stream: {_line(said['message'])}", **said)
         if chunk:
             yield chunk
         elif data.strip() and event in ("", "message"):  # other events are not for us [assumption]
-            raise StreamError(f"the stream was cut, or is not LowRouter's: {_line(data[:80])}")
+            raise StreamError("the stream was cut, or holds what is no JSON object", body=data)
 
 
 # ---- model cache: the only room that writes to the disk; a bad cache is a miss, never an error ---
@@ -1137,7 +1178,7 @@ class _ModelCache:
     def write(self, key: str, models: list[dict[str, Any]]) -> None:
         path, record = self.path(key), {"saved": time.time(), "base_url": self.base_url}
         self.texts[path] = json.dumps({**record, "models": models})
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             if self.directory:
                 os.makedirs(self.directory, mode=0o700, exist_ok=True)
                 handle, draft = tempfile.mkstemp(dir=self.directory)  # with mode 0600
@@ -1211,7 +1252,7 @@ class Stream:
         _check_route(call, self.completion)
         kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
-        if "json" in kind or first.lstrip()[:1] in (b"{", b"[", b"<"):
+        if kind != "text/event-stream" and first.lstrip()[:1] in (b"{", b"[", b"<", b""):
             self._assembly.whole = _whole(call, first)
             chunk = Chunk(self._assembly.whole)
             chunk.headers = self.headers
@@ -1296,7 +1337,8 @@ class Client:
         self._transport = _Transport(self._gateway, max_retries)
 
     def __repr__(self) -> str:
-        return f"Client({self._key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
+        key = "..." + (self._key.value[-4:] if len(self._key.value) > 8 else "")
+        return f"Client({key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -1321,9 +1363,7 @@ class Client:
         timeout, deadline = options.get("timeout"), options.get("deadline")
         timeout = _seconds("timeout", self._timeout if timeout is None else timeout, 0)
         deadline = self._deadline if deadline is None else deadline
-        return _Clock(
-            timeout, None if deadline is None else _seconds("deadline", deadline, -_FOREVER)
-        )
+        return _Clock(timeout, None if deadline is None else _seconds("deadline", deadline))
 
     def _call(self, options: dict[str, Any], method: str, path: str, body: Any = None) -> _Call:
         clock = self._clock(options)
@@ -1400,7 +1440,7 @@ class Client:
         For `wait` seconds a record that is not written yet is asked for again.
         """
         call = self._call({}, "GET", _generation_path(generation_id))
-        patience = _Clock(_TIMEOUT, _seconds("wait", wait, -_FOREVER))
+        patience = _Clock(_TIMEOUT, _seconds("wait", wait))
         patience.end = min(patience.end, call.clock.end)
         for pause in itertools.chain((_POLL[0], 2 * _POLL[0]), itertools.repeat(_POLL[1])):
             try:
