@@ -104,15 +104,15 @@ class _Answer(dict):  # type: ignore[type-arg]
         choices = list(map(_dict, _list(self.get("choices"))))
         return next((c for i, c in enumerate(choices) if c.get("index", i) in (0, None)), {})
 
+    def _routed(self, name: str) -> Any:
+        value = _dict(self.get("lowrouter")).get(name)  # in the block, else in a header [docs]
+        return self.headers.get(_header(name)) if value is None and self.headers else value
+
     @property
     def message(self) -> dict[str, Any]:
         """The message, or the delta, of choice 0; {} when there is none."""
         choice = self._choice()
         return _dict(choice["delta"] if "delta" in choice else choice.get("message"))
-
-    def _routed(self, name: str) -> Any:
-        value = _dict(self.get("lowrouter")).get(name)  # in the block, else in a header [docs]
-        return self.headers.get(_header(name)) if value is None and self.headers else value
 
     @property
     def text(self) -> str:
@@ -122,33 +122,20 @@ class _Answer(dict):  # type: ignore[type-arg]
     @property
     def reasoning(self) -> str:
         """What the model thought aloud, "" when that is not told."""
-        thought = self.message.get("reasoning") or self.message.get("reasoning_content")
-        return thought if isinstance(thought, str) else ""
+        return _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
 
-    @property
-    def tool_calls(self) -> list[Any]:
-        """The tool calls of choice 0 as OpenAI's dicts, [] when there are none."""
-        return _list(self.message.get("tool_calls"))
-
-    @property
-    def usage(self) -> dict[str, Any] | None:
-        """Token counts, and `cost` where it is given; None when the gateway gave no usage."""
-        return _dict(self.get("usage")) or None
-
-    @property
-    def eco(self) -> dict[str, Any] | None:
-        """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None when absent [docs]."""
-        return _dict(_dict(self.get("lowrouter")).get("eco")) or None
-
-    #: "stop", "length", "tool_calls", ...; None while choice 0 goes on.
+    # Of choice 0: OpenAI's tool calls, [] when there are none; "stop", "length", ... or None.
+    tool_calls = property(lambda self: _list(self.message.get("tool_calls")))
     finish_reason = property(lambda self: self._choice().get("finish_reason"))
-    #: The model that answered: the resolved one, not the string that was sent [docs].
+    # The resolved model [docs]; token counts, and `cost` where it is given; None when not told.
     model = property(lambda self: self.get("model"))
-    #: What `generation()` looks up: opaque [docs].
+    usage = property(lambda self: _dict(self.get("usage")) or None)
+    # What `generation()` looks up, the upstream provider and the region; None when not told [docs].
     generation_id = property(lambda self: self._routed("generation_id"))
-    #: The id of the upstream provider, and the region that answered; None when not told [docs].
     provider = property(lambda self: self._routed("provider"))
     region = property(lambda self: self._routed("region"))
+    # As sent: `energy_wh` in Wh, `carbon_g` in grams of CO2e, `accuracy`; None when absent [docs].
+    eco = property(lambda self: _dict(_dict(self.get("lowrouter")).get("eco")) or None)
 
 
 class Completion(_Answer):
@@ -472,14 +459,20 @@ class _Gateway:
             parts = urllib.parse.urlsplit(base_url.strip())
             self.host = (parts.hostname or "").encode("idna").decode("ascii")
             port, self.tls = parts.port, parts.scheme == "https"
-            if re.search(r"[\x00-\x20\x7f\\]", base_url.strip()):
+            odd = re.search(r"[\x00-\x20\x7f\\@?#]", base_url.strip())
+            if (
+                odd
+                or parts.scheme not in ("http", "https")
+                or not re.fullmatch("[!-~]+", self.host)
+            ):
                 raise ValueError
         except (ValueError, AttributeError):
-            raise ConfigError(f"the base URL {base_url!r} has no valid host and port") from None
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ConfigError("the base URL must have no user, password, query or fragment")
-        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", self.host):
-            raise ConfigError(f"the base URL must look like {_BASE_URL}, not {base_url!r}")
+            shape = (
+                f"like {_BASE_URL}, with a valid host and port, without user, query and fragment"
+            )
+            raise ConfigError(
+                f"the base URL must look {shape}, not {_line(str(base_url).rpartition('@')[2])!r}"
+            ) from None
         if not (self.tls or allow_http or _is_loopback(self.host)):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
@@ -659,7 +652,9 @@ class _Call(urllib.request.Request):
     wire: Any = None  # that of the connection, as long as the call owns it
     streams = sent = abandoned = False
 
-    def __init__(self, gateway: _Gateway, key: str, method: str, path: str, body: Any, extra: Any):
+    def __init__(
+        self, gateway: _Gateway, key: str, method: str, path: str, body: Any, extra: dict[str, str]
+    ) -> None:
         super().__init__(
             gateway.url + path, None if body is None else _json_bytes(body), method=method
         )
