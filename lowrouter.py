@@ -611,11 +611,7 @@ class _Wire(io.BufferedReader):
     def hang_up(self) -> None:
         self.source.sock.close()
 
-    def wake(self) -> None:
-        """End the wait of another thread, as closing alone does not, but not that of a parent."""
-        with contextlib.suppress(OSError):
-            if self.source.pid == os.getpid():
-                self.source.sock.shutdown(socket.SHUT_RDWR)
+    __del__ = hang_up
 
 
 class _Response(http.client.HTTPResponse):
@@ -628,27 +624,11 @@ class _Response(http.client.HTTPResponse):
             super().begin()
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection that stands already; it hangs up when it is dropped."""
-
-    response_class = _Response
-    debuglevel = 0  # whatever the program sets for all of them: http.client would print the key
-
-    def __init__(self, gateway: _Gateway, sock: socket.socket, clock: _Clock) -> None:
-        super().__init__(gateway.host, gateway.port)
-        self.wire: Any = _Wire(sock, clock)
-        self.sock = self.wire
-
-    def __del__(self) -> None:
-        self.wire.hang_up()
-
-
 class _Call(urllib.request.Request):
     """One request, and its answer while that is read."""
 
-    connection: _Connection
     response: http.client.HTTPResponse
-    keep: Callable[[_Connection], None]
+    keep: Callable[[Any], None]
     wire: Any = None  # that of the connection, as long as the call owns it
     streams = sent = abandoned = False
 
@@ -713,9 +693,9 @@ class _Call(urllib.request.Request):
             return APITimeoutError(f"{reason} ({phase})", phase=phase, _again=again)
         return kind(reason, _again=again)
 
-    def exchange(self, connection: _Connection) -> _Call:
+    def exchange(self, connection: Any) -> _Call:
         """Send the request and read the head of the answer."""
-        self.connection, self.wire, self.sent = connection, connection.wire, False
+        self.connection, self.wire, self.sent = connection, connection.sock, False
         self.wire.source.clock = self.clock
         self.clock.enter("response")
         unsent = None
@@ -799,10 +779,11 @@ class _Call(urllib.request.Request):
                 raise BadResponseError(f"{self.gateway.name} sent more than {limit >> 10} KiB")
 
     def abandon(self) -> None:
-        """Let another thread, which may be waiting for this answer, come to an end."""
+        """Let another thread that waits for this answer come to an end: closing would not wake it."""
         self.abandoned, wire = True, self.wire
-        if wire:
-            wire.wake()
+        if wire and wire.source.pid == os.getpid():  # the answer may be that of a parent process
+            with contextlib.suppress(OSError):
+                wire.source.sock.shutdown(socket.SHUT_RDWR)
 
     def within(self, seconds: float, read: Callable[[], Any]) -> None:
         """Read what is no news any more, for some seconds."""
@@ -850,7 +831,7 @@ class _Transport(urllib.request.BaseHandler):
         from threading import Lock  # not at the top: nobody else needs it at import
 
         self.gateway, self.max_retries, self.lock = gateway, max_retries, Lock()
-        self.idle: list[_Connection] = []
+        self.idle: list[Any] = []
         self.pid, self.closed = os.getpid(), False
         self.context: ssl.SSLContext | None = None
         self.opener = urllib.request.OpenerDirector()  # without any handler but this one
@@ -860,26 +841,26 @@ class _Transport(urllib.request.BaseHandler):
         """Hang up what is idle; what is in use follows when it is given back."""
         self.closed = True
         while self.idle:
-            self.idle.pop().wire.hang_up()
+            self.idle.pop().sock.hang_up()
 
-    def keep(self, connection: _Connection) -> None:
-        connection.wire.idle_since = (time.monotonic(), time.time())
-        if self.closed or connection.wire.source.pid != self.pid:
-            connection.wire.hang_up()
+    def keep(self, connection: Any) -> None:
+        connection.sock.idle_since = (time.monotonic(), time.time())
+        if self.closed or connection.sock.source.pid != self.pid:
+            connection.sock.hang_up()
         else:
             self.idle.append(connection)
 
-    def kept(self) -> _Connection | None:
+    def kept(self) -> Any:
         if self.pid != os.getpid():
             self.pid, parents, self.idle = os.getpid(), self.idle, []
             for connection in parents:
-                connection.wire.hang_up()
+                connection.sock.hang_up()
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.wire.fresh():
+                if connection.sock.fresh():
                     return connection
-                connection.wire.hang_up()
+                connection.sock.hang_up()
         return None
 
     def tls(self) -> ssl.SSLContext:
@@ -902,18 +883,19 @@ class _Transport(urllib.request.BaseHandler):
         for number, (*_, address) in enumerate(addresses):
             try:
                 share = clock.left() / (len(addresses) - number)
-                return socket.create_connection(address[:2], share)  # type: ignore[arg-type]
+                sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
             except OSError as error:
                 failure = error
         raise failure
 
-    def open_tunnel(self, sock: socket.socket, clock: _Clock, login: str) -> None:
+    def open_tunnel(self, wire: Any, login: str) -> None:
         """Ask the proxy for a way to the gateway; of the API key it sees nothing."""
         lines = "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n".format(self.gateway.target)
         lines += f"Proxy-Authorization: {login}\r\n\r\n" if login else "\r\n"
-        sock.settimeout(clock.left())
-        sock.sendall(lines.encode("ascii"))
-        wire: Any = _Wire(sock, clock)
+        wire.source.sock.settimeout(wire.source.clock.left())
+        wire.source.sock.sendall(lines.encode("ascii"))
         answer = _Response(wire, method="HEAD")
         answer.begin()
         if answer.status == 407:
@@ -922,20 +904,20 @@ class _Transport(urllib.request.BaseHandler):
         if not 200 <= answer.status < 300:
             raise OSError(f"the proxy answered {answer.status} {answer.reason}")
 
-    def connect(self, clock: _Clock) -> _Connection:
+    def connect(self, clock: _Clock) -> Any:
+        """TCP, CONNECT where a proxy is on the way, TLS; an HTTPConnection over a `_Wire`."""
         gateway, context = self.gateway, self.tls() if self.gateway.tls else None
-        sock = self.dial(clock)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if context and gateway.proxy:
-                self.open_tunnel(sock, clock, gateway.proxy[2])
-            if context:
-                sock.settimeout(clock.left())
-                sock = context.wrap_socket(sock, server_hostname=gateway.host)
-        except BaseException:
-            sock.close()
-            raise
-        return _Connection(gateway, sock, clock)
+        wire = _Wire(self.dial(clock), clock)
+        if context and gateway.proxy:
+            self.open_tunnel(wire, gateway.proxy[2])
+        if context:
+            wire.source.sock.settimeout(clock.left())
+            sock = context.wrap_socket(wire.source.sock, server_hostname=gateway.host)
+            wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
+        connection: Any = http.client.HTTPConnection(gateway.host)
+        connection.sock, connection.response_class = wire, _Response
+        connection.debuglevel = 0  # whatever the program has set for all: it would print the key
+        return connection
 
     def http_open(self, call: _Call) -> _Call:
         """What the opener calls. A kept connection may have died: then a new one is taken, once."""
@@ -1032,7 +1014,8 @@ def _merge(
     """Add a delta: texts grow, lists and dicts too, of other values the last one counts."""
     for name, value in piece.items():
         if name in texts and value is not None:
-            _slot(kept, name, io.StringIO).write(_text(value))  # += would copy it each time
+            text = value if isinstance(value, str) else _text(value)
+            _slot(kept, name, io.StringIO).write(text)  # += would copy all of it each time
         elif name == "tool_calls" and isinstance(value, list):
             calls = _slot(kept, name, dict)  # by index, else by id, else the last one
             for call in value:
