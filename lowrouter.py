@@ -407,7 +407,9 @@ class _Key:
             raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
 
     def check(self, source: str, key: str) -> str:
-        key = str(key).strip()  # CI secrets end in a newline
+        if not isinstance(key, str):
+            raise ConfigError(f"the API key from {source} must be a str")
+        key = key.strip()  # CI secrets end in a newline
         bad = re.search(r"[^!-~]", key)
         if bad:
             at = f"{bad.start() + 1} of {len(key)}"
@@ -459,20 +461,13 @@ class _Gateway:
             parts = urllib.parse.urlsplit(base_url.strip())
             self.host = (parts.hostname or "").encode("idna").decode("ascii")
             port, self.tls = parts.port, parts.scheme == "https"
-            odd = re.search(r"[\x00-\x20\x7f\\@?#]", base_url.strip())
-            if (
-                odd
-                or parts.scheme not in ("http", "https")
-                or not re.fullmatch("[!-~]+", self.host)
-            ):
+            odd = re.search(r"[\x00-\x20\x7f\\@?#]", base_url.strip()) or not self.host
+            if odd or parts.scheme not in ("http", "https") or not self.host.isprintable():
                 raise ValueError
         except (ValueError, AttributeError):
-            shape = (
-                f"like {_BASE_URL}, with a valid host and port, without user, query and fragment"
-            )
-            raise ConfigError(
-                f"the base URL must look {shape}, not {_line(str(base_url).rpartition('@')[2])!r}"
-            ) from None
+            shape = f"like {_BASE_URL}, with a valid host and port, without user and query"
+            given = _line(str(base_url).rpartition("@")[2])  # without a password
+            raise ConfigError(f"the base URL must look {shape}, not {given!r}") from None
         if not (self.tls or allow_http or _is_loopback(self.host)):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
@@ -483,9 +478,8 @@ class _Gateway:
         path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
         self.url = f"{parts.scheme}://{self.netloc}{path}"
         self.proxy = self.find_proxy(parts.scheme)
-        self.name = self.host + (
-            " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
-        )
+        through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
+        self.name = self.netloc + through  # for messages
         given, get = os.fspath(ca_file) if ca_file else "", os.environ.get
         file, self.ca_path = given or get("SSL_CERT_FILE"), None if given else get("SSL_CERT_DIR")
         bundle = "" if self.ca_path else get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
