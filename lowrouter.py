@@ -1057,7 +1057,6 @@ class _Assembly:
 
     def add(self, chunk: Chunk) -> None:
         self.fields.update(chunk)
-        self.fields.pop("error", None)
         if chunk.get("usage"):
             self.usage = chunk["usage"]
         if chunk.get("lowrouter"):
@@ -1084,6 +1083,7 @@ class _Assembly:
         """The answer as far as it has come."""
         completion = Completion(self.whole or self.fields)
         completion.headers = self.headers
+        completion.pop("error", None)  # which is in the exception
         if self.whole is None and self.fields:
             choices = [_plain(choice) for _, choice in sorted(self.choices.items())]
             completion.update({"object": "chat.completion", "choices": choices})
