@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A client for the LowRouter gateway in one file: a whole answer or an error, no leaked key.
 
-    answer = lowrouter.chat("In one sentence, what is a vector database?")
-    print(answer.text, answer.eco)
+    print(lowrouter.chat("In one sentence, what is a vector database?").text)
 
     with lowrouter.stream("Count to 5 slowly") as stream:
         for chunk in stream:
@@ -11,12 +10,11 @@
 Settings are arguments of `Client`, else variables of the environment, where empty means unset:
 LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL, LOWROUTER_CACHE_DIR; HTTPS_PROXY,
 HTTP_PROXY, NO_PROXY; SSL_CERT_FILE, SSL_CERT_DIR, then REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
-The rooms below stand in the order of the data, and each uses only what stands above it:
+Each room below uses only what stands above it, in the order of the data:
 
     messages -> body -> call -> blocks of bytes -> lines -> events -> Chunk, ... -> Completion
 
-Facts about the gateway are marked [seed] (its curl page), [docs] (other pages of its
-documentation) or [assumption] (not documented). A copy of this file needs nothing else.
+Facts about the gateway: [seed] is its curl page, [docs] its other pages, [assumption] neither.
 """
 
 from __future__ import annotations
@@ -76,6 +74,12 @@ _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
 # ---- answers: plain data -------------------------------------------------------------------------
 
+_ROUTED = {  # what names the route of an answer, in its `lowrouter` block or in a header [docs]
+    "generation_id": "X-LowRouter-Generation-ID",
+    "provider": "X-LowRouter-Provider",
+    "region": "X-LowRouter-Region",
+}
+
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
@@ -91,22 +95,18 @@ def _text(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _header(name: str) -> str:
-    return "X-LowRouter-" + name.replace("_", "-")  # [docs]
-
-
 class _Answer(dict):  # type: ignore[type-arg]
     """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
 
     headers: Message | None = None  # of the response; look-ups ignore case [docs]
 
     def _choice(self) -> dict[str, Any]:
-        choices = list(map(_dict, _list(self.get("choices"))))
-        return next((c for i, c in enumerate(choices) if c.get("index", i) in (0, None)), {})
+        choices = map(_dict, _list(self.get("choices")))
+        return next((choice for choice in choices if not choice.get("index")), {})
 
     def _routed(self, name: str) -> Any:
-        value = _dict(self.get("lowrouter")).get(name)  # in the block, else in a header [docs]
-        return self.headers.get(_header(name)) if value is None and self.headers else value
+        value = _dict(self.get("lowrouter")).get(name)
+        return self.headers.get(_ROUTED[name]) if value is None and self.headers else value
 
     @property
     def message(self) -> dict[str, Any]:
@@ -119,22 +119,19 @@ class _Answer(dict):  # type: ignore[type-arg]
         """The text of choice 0, "" when there is none."""
         return _text(self.message.get("content"))
 
-    @property
-    def reasoning(self) -> str:
-        """What the model thought aloud, "" when that is not told."""
-        return _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
-
-    # Of choice 0: OpenAI's tool calls, [] when there are none; "stop", "length", ... or None.
+    # Of choice 0: what the model thought aloud, "" when not told; a list; "stop", "length", ...
+    reasoning = property(
+        lambda self: _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
+    )
     tool_calls = property(lambda self: _list(self.message.get("tool_calls")))
     finish_reason = property(lambda self: self._choice().get("finish_reason"))
-    # The resolved model [docs]; token counts, and `cost` where it is given; None when not told.
+    # Of the whole answer, None when not told: the resolved model [docs]; token counts, `cost`.
     model = property(lambda self: self.get("model"))
     usage = property(lambda self: _dict(self.get("usage")) or None)
-    # What `generation()` looks up, the upstream provider and the region; None when not told [docs].
+    # LowRouter's [docs]: the id is for `generation()`; eco as sent, in Wh and grams of CO2e.
     generation_id = property(lambda self: self._routed("generation_id"))
     provider = property(lambda self: self._routed("provider"))
     region = property(lambda self: self._routed("region"))
-    # As sent: `energy_wh` in Wh, `carbon_g` in grams of CO2e, `accuracy`; None when absent [docs].
     eco = property(lambda self: _dict(_dict(self.get("lowrouter")).get("eco")) or None)
 
 
@@ -150,14 +147,10 @@ class Chunk(_Answer):
 
 
 class LowRouterError(Exception):
-    """Base of every error of this module; keyword arguments become attributes.
-
-    `completion` is what had been handed out or received, None before the first chunk; `message`,
-    `code` and `body` are what the gateway said, `generation_id` is its id of the call.
-    """
+    """Base of all errors; `completion` is what had come, None before the first chunk."""
 
     completion: Completion | None = None
-    message: str | None = None
+    message: str | None = None  # this, `code` and `body` are what the gateway said
     code: str | int | None = None
     body: Any = None
     generation_id: str | None = None
@@ -242,19 +235,12 @@ def _line(text: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
-_scan = json.JSONDecoder().raw_decode  # json.loads looks for white space with two regexes a call
-
-
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
-    text = text.strip("\ufeff \t\r\n")
     try:
-        value, end = _scan(text)
+        return json.loads(text.strip("\ufeff \t\r\n"))
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
-    if end < len(text):
-        raise ValueError("more than one JSON value")
-    return value
 
 
 def _said(body: Any) -> dict[str, Any]:
@@ -262,7 +248,7 @@ def _said(body: Any) -> dict[str, Any]:
     error = _dict(body).get("error") or body
     fields = {**_dict(body), **_dict(error)}
     message = error if isinstance(error, str) else fields.get("message") or fields.get("detail")
-    message = "" if str(message or "").lstrip().startswith("<") else str(message or "")  # HTML
+    message = re.sub(r"(?s)\A\s*<.*", "", str(message or ""))  # HTML says nothing in one line
     return {"message": message, "code": fields.get("code") or fields.get("type"), "body": body}
 
 
@@ -276,18 +262,17 @@ def _retry_after(value: str) -> float | None:
         return None
 
 
-def _status_error(
-    name: str, status: int, reason: str, headers: Message, text: str
-) -> APIStatusError:
+def _status_error(name: str, response: http.client.HTTPResponse, body: Any) -> APIStatusError:
+    status, headers = response.status, response.headers
     advice = "try later" if status >= 500 else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
-    said = _said(text)
     with contextlib.suppress(ValueError):
-        said = _said(_loads(text))
-    said["message"] = said["message"] or reason
+        body = _loads(body)
+    said = _said(body)
+    said["message"] = said["message"] or response.reason
     error = kind(f"{name} answered {status} ({advice}): {_line(said['message'])}", **said)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
-    error.generation_id = headers.get("X-LowRouter-Generation-ID")
+    error.generation_id = headers.get(_ROUTED["generation_id"])
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
     error._again = status in _RETRY_STATUSES and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
@@ -295,7 +280,6 @@ def _status_error(
 
 # ---- request: what is sent; pure, and the only room that knows paths and headers -----------------
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
 _OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
 transfer-encoding accept-encoding expect upgrade""".split()
@@ -303,7 +287,8 @@ transfer-encoding accept-encoding expect upgrade""".split()
 
 def _json_bytes(body: Any) -> bytes:
     try:
-        return _encode(body).encode("utf-8")
+        text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
 
@@ -312,27 +297,28 @@ def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    odd = [each for each in _list(messages) if not isinstance(each, dict)] or [messages]
-    if not isinstance(messages, list) or odd != [messages]:
-        raise ConfigError(f"messages must be a str or a list of dicts, not {type(odd[0]).__name__}")
+    wrong = [each for each in _list(messages) if not isinstance(each, dict)]
+    for each in wrong if isinstance(messages, list) else [messages]:
+        raise ConfigError(f"messages must be a str or a list of dicts, not {type(each).__name__}")
     for name in _ELSEWHERE.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
     if options.get("stream") not in (None, stream):
         raise TypeError("chat() does not stream: call stream(), which always does")
-    body = {"model": model, "messages": messages, "route": route}
-    body.update({name: value for name, value in options.items() if value is not None})
-    if not isinstance(body["route"] or {}, dict):
-        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
+    given = {name: value for name, value in options.items() if value is not None}
+    body = {"model": model, "messages": messages, "route": route, **given}
     if stream:
         body = {"stream_options": {"include_usage": True}, **body, "stream": True}
+    if not isinstance(body["route"] or {}, dict):
+        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
     return {k: v for k, v in body.items() if v is not None and k not in ("timeout", "deadline")}
 
 
 def _pins(body: dict[str, Any], headers: dict[str, str]) -> dict[str, str]:
     """The region and provider that the answer must come from; the body wins [assumption]."""
-    pins = {name.lower()[len("x-lowrouter-") :]: value for name, value in headers.items()}  # [docs]
+    given = {name.lower(): value for name, value in headers.items()}
+    pins = {name: given.get(header.lower(), "") for name, header in _ROUTED.items()}
     pins.update(_dict(body.get("route")))
-    return {k: pins[k] for k in ("region", "provider") if pins.get(k) and isinstance(pins[k], str)}
+    return {k: pins[k] for k in ("region", "provider") if pins[k] and isinstance(pins[k], str)}
 
 
 def _headers(netloc: str, key: str, has_body: bool, extra: dict[str, str]) -> dict[str, str]:
@@ -346,10 +332,9 @@ def _extra_headers(headers: dict[str, str]) -> dict[str, str]:
     """The caller's own headers, checked, since http.client would quote a bad one in its error."""
     for name, value in headers.items():
         known = isinstance(name, str) and re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.A)
-        if not known or name.lower() in _OUR_HEADERS:
-            raise ConfigError(f"headers: {name!r} is no header name, or the client sets it itself")
-        if not isinstance(value, str) or not re.fullmatch(r"[\t\x20-\x7e]*", value):
-            raise ConfigError(f"headers: the value of {name} must be printable ASCII")
+        plain = isinstance(value, str) and re.fullmatch(r"[\t\x20-\x7e]*", value)
+        if not known or not plain or name.lower() in _OUR_HEADERS:
+            raise ConfigError(f"header {name!r} is set by the client itself, or no printable ASCII")
     return dict(headers)
 
 
@@ -371,12 +356,10 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
     """A chat call as a command for a POSIX shell, which takes the key from the environment."""
     from shlex import quote
 
+    shown = {"Content-Type": "application/json", **headers}
     lines = [" ".join(["curl", *map(quote, flags), quote(url)])]
-    lines += [
-        '-H "Authorization: Bearer $LOWROUTER_API_KEY"',
-        "-H 'Content-Type: application/json'",
-    ]
-    lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in headers.items()]
+    lines.append('-H "Authorization: Bearer $LOWROUTER_API_KEY"')
+    lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in shown.items()]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
 
@@ -387,11 +370,10 @@ HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
 SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
 
 
-def _seconds(name: str, value: Any, least: float = float("-inf")) -> float:
+def _seconds(name: str, value: Any, above: float = float("-inf")) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not least < value < float("inf"):
-        above = " above 0" if least == 0 else ""
-        raise ConfigError(f"{name} must be a finite number of seconds{above}, not {value!r}")
+    if not number or not above < value < float("inf"):
+        raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
     return min(float(value), _FOREVER)
 
 
@@ -399,21 +381,17 @@ class _Key:
     """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        variables = ("LOWROUTER_API_KEY", "LOWROUTER_API_KEY_FILE")
-        variable, self.file = (os.environ.get(name, "") for name in variables)
-        self.value = self.check("api_key", api_key or "") or self.check(variables[0], variable)
-        self.file = "" if self.value else self.file
+        self.value = self.check("api_key", api_key or "")
+        if not self.value:
+            self.value = self.check("LOWROUTER_API_KEY", os.environ.get("LOWROUTER_API_KEY", ""))
+        self.file = "" if self.value else os.environ.get("LOWROUTER_API_KEY_FILE", "")
         if not self.current():
             raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
 
     def check(self, source: str, key: str) -> str:
-        if not isinstance(key, str):
-            raise ConfigError(f"the API key from {source} must be a str")
-        key = key.strip()  # CI secrets end in a newline
-        bad = re.search(r"[^!-~]", key)
-        if bad:
-            at = f"{bad.start() + 1} of {len(key)}"
-            raise ConfigError(f"the API key from {source} has a character that no key has, at {at}")
+        key = key.strip() if isinstance(key, str) else "\0"  # CI secrets end in a newline
+        if not re.fullmatch(r"[!-~]*", key):
+            raise ConfigError(f"the API key from {source} must be a str of printable ASCII")
         return key
 
     def current(self) -> str:
@@ -423,34 +401,38 @@ class _Key:
                     self.value = self.check(self.file, file.read(_ERROR_LIMIT)) or self.value
         except OSError as error:
             if not self.value:  # else it is just being replaced, and the one we have still serves
-                reason = f"{self.file}: {error.strerror}"
-                raise ConfigError(f"LOWROUTER_API_KEY_FILE cannot be read: {reason}") from None
+                raise ConfigError(f"LOWROUTER_API_KEY_FILE: {error}") from None
         return self.value
 
 
-def _within(host: str, block: str) -> bool:
-    """Whether the host is an address, and in the CIDR block (or the only address of it)."""
+def _is_named(host: str, pattern: str) -> bool:
+    """Whether the pattern means the host: `*`, a name or suffix, an address or a CIDR block."""
     import ipaddress
 
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host) in ipaddress.ip_network(pattern, strict=False)
+    return pattern == "*" or ("." + host).endswith("." + (pattern.lstrip("*.") or "?"))
+
+
+def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, str] | None:
+    """Host, port and Basic credentials of the proxy on the way to the host."""
+    variables = urllib.request.getproxies_environment()
+    url, direct = variables.get(scheme, "").strip(), variables.get("no", "").lower()
+    for entry in direct.replace(",", " ").split():
+        name = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port names nothing
+        url = "" if _is_named(host, name.strip("[]")) else url
+    if not url:
+        return None
     try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(block, strict=False)
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        if parts.scheme != "http" or not re.fullmatch(r"[!-~]+", parts.hostname or ""):
+            raise ValueError
+        login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
+        encoded = base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
+        basic = "Basic " + encoded if "@" in parts.netloc else ""
+        return str(parts.hostname), parts.port or 80, basic
     except ValueError:
-        return False
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or _within(host, "127.0.0.0/8") or _within(host, "::1")
-
-
-def _bypassed(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names the host: `*`, a name or suffix, an address or CIDR block, a port."""
-    for entry in no_proxy.replace(",", " ").lower().split():
-        match = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
-        name = (match[1] if match else entry).strip("[]")
-        named = ("." + host).endswith("." + (name.lstrip("*.") or "?"))
-        if (name == "*" or named or _within(host, name)) and (not match or int(match[2]) == port):
-            return True
-    return False
+        raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port") from None
 
 
 class _Gateway:
@@ -459,59 +441,43 @@ class _Gateway:
     def __init__(self, base_url: str, allow_http: bool, ca_file: Any) -> None:
         try:
             parts = urllib.parse.urlsplit(base_url.strip())
-            self.host = (parts.hostname or "").encode("idna").decode("ascii")
-            port, self.tls = parts.port, parts.scheme == "https"
-            odd = re.search(r"[\x00-\x20\x7f\\@?#]", base_url.strip()) or not self.host
-            if odd or parts.scheme not in ("http", "https") or not self.host.isprintable():
+            self.host, port = (parts.hostname or "").encode("idna").decode("ascii"), parts.port
+            whole = re.fullmatch(r"(?i)https?://[^\x00-\x20\x7f\\@?#]+", base_url.strip())
+            if not whole or not re.fullmatch("[!-~]+", self.host):
                 raise ValueError
         except (ValueError, AttributeError):
             shape = f"like {_BASE_URL}, with a valid host and port, without user and query"
             given = _line(str(base_url).rpartition("@")[2])  # without a password
             raise ConfigError(f"the base URL must look {shape}, not {given!r}") from None
-        if not (self.tls or allow_http or _is_loopback(self.host)):
+        self.tls = parts.scheme == "https"
+        self.port = port or (443 if self.tls else 80)
+        loopback = self.host == "localhost" or _is_named(self.host, "127.0.0.0/8")
+        loopback = loopback or _is_named(self.host, "::1")
+        if not (self.tls or allow_http or loopback):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
-        host, self.port = f"[{self.host}]" if ":" in self.host else self.host, port or 443
-        self.target = f"{host}:{self.port}"  # for CONNECT
-        self.port = port or (443 if self.tls else 80)
-        self.netloc = f"{host}:{port}" if port else host
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.target, self.netloc = f"{host}:{self.port}", f"{host}:{port}" if port else host
         path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
         self.url = f"{parts.scheme}://{self.netloc}{path}"
-        self.proxy = self.find_proxy(parts.scheme)
+        self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
-        given, get = os.fspath(ca_file) if ca_file else "", os.environ.get
-        file, self.ca_path = given or get("SSL_CERT_FILE"), None if given else get("SSL_CERT_DIR")
-        bundle = "" if self.ca_path else get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
-        self.ca_file = file or bundle or None
-        if self.ca_file and os.path.isdir(self.ca_file):
-            self.ca_file, self.ca_path = None, self.ca_file
-
-    def find_proxy(self, scheme: str) -> tuple[str, int, str] | None:
-        """Host, port and Basic credentials of the proxy; loopback never goes through one."""
-        proxies = urllib.request.getproxies_environment()
-        url, no_proxy = proxies.get(scheme, "").strip(), proxies.get("no", "")
-        if not url or _is_loopback(self.host) or _bypassed(self.host, self.port, no_proxy):
-            return None
-        host, port = "", 0
-        with contextlib.suppress(ValueError):
-            parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-            host, port = parts.hostname or "", parts.port or 80
-        if not re.fullmatch(r"[!-~]+", host) or parts.scheme != "http":
-            raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port")
-        login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
-        encoded = base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
-        return host, port, "Basic " + encoded if "@" in parts.netloc else ""
+        get = os.environ.get
+        file, folder = get("SSL_CERT_FILE") or None, get("SSL_CERT_DIR") or None
+        if ca_file:
+            file, folder = os.fspath(ca_file), None
+        elif not (file or folder):
+            file = get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE") or None
+        is_folder = file is not None and os.path.isdir(file)
+        self.ca_file, self.ca_path = (None, file) if is_folder else (file, folder)
 
 
 # ---- clock: how long one call may still wait -----------------------------------------------------
 
 
 class _Clock:
-    """The ends of a call's present phase and of the whole call, in seconds of the monotonic clock.
-
-    A socket's own time-out starts anew with each byte; so whatever waits asks here before it does.
-    """
+    """The ends of a phase and of the call: a socket's own time-out starts anew with each byte."""
 
     def __init__(self, timeout: float, deadline: float | None) -> None:
         self.timeout = timeout
@@ -540,11 +506,24 @@ class _Clock:
 
 # ---- transport: the only room that touches the network or sleeps; only our errors leave it -------
 #
-# A `_Call` goes out over a kept connection, else over a new one: with TLS a new one costs three
-# round trips and 30 ms of CPU, a kept one a single round trip. The call owns its connection while
-# the answer is read; it gives it back at the end of the body and hangs up in every other case.
+# A `_Call` goes out over a kept `_Wire`, else over a new one: with TLS a new one costs three round
+# trips and 30 ms of CPU, a kept one a single round trip. The call owns the wire while its answer is
+# read; it gives it back at the end of the body, and hangs up in every other case. A wire that is
+# dropped closes itself.
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
+_LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
+_LATE = {
+    "connect": "could not be reached in time",
+    "response": "did not answer in time",
+    "idle": "was silent for too long within its answer",
+    "deadline": "did not give a whole answer before the deadline",
+}
+_SOUND = {
+    "Content-Length": "[0-9]+",
+    "Transfer-Encoding": "chunked",
+    "Content-Encoding": "identity",
+}
 
 
 class _Socket(io.RawIOBase):
@@ -563,6 +542,10 @@ class _Socket(io.RawIOBase):
         self.sock.settimeout(self.clock.left() if self.clock else 0)
         return self.sock.recv_into(buffer)
 
+    def close(self) -> None:
+        super().close()
+        self.sock.close()
+
 
 class _Wire(io.BufferedReader):
     """What http.client takes for its socket and its file: one buffer as long as the connection.
@@ -580,11 +563,35 @@ class _Wire(io.BufferedReader):
         return self
 
     def sendall(self, data: bytes) -> None:
-        view, sock, clock = memoryview(data), self.source.sock, self.source.clock
-        for start in range(0, len(view), _SEND_BLOCK):
+        self.unsent.append(data)
+
+    def ask(self, method: str, target: str, body: Any, headers: dict[str, str]) -> None:
+        """Send a request, head and body together: apart, one waits for the other's receipt."""
+        connection: Any = http.client.HTTPConnection("unused")
+        connection.sock, connection.debuglevel = self, 0  # a level set for all would print the key
+        self.unsent: list[bytes] = []
+        connection.request(method, target, body, headers)
+        rest, sock, clock = (
+            memoryview(b"".join(self.unsent[1:])),
+            self.source.sock,
+            self.source.clock,
+        )
+        block: Any = self.unsent[0] + rest[:_SEND_BLOCK]
+        while block:
             sock.settimeout(clock.left())
-            sock.sendall(view[start : start + _SEND_BLOCK])
-            clock.enter("response")  # each block ends a wait; the last begins that for the answer
+            sock.sendall(block)
+            if clock.phase == "response":
+                clock.enter("response")  # a block ends a wait, the last begins that for the answer
+            rest = rest[_SEND_BLOCK:]
+            block = rest[:_SEND_BLOCK]
+
+    def answer(self, method: str) -> http.client.HTTPResponse:
+        """The head of the answer; waits through 102 and 103 too, where http.client skips 100."""
+        while True:
+            response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
+            response.begin()
+            if not 101 < response.status < 200:
+                return response
 
     def fresh(self) -> bool:
         """Whether it can be used again: not idle for long, and nothing came, not even the end."""
@@ -596,50 +603,39 @@ class _Wire(io.BufferedReader):
         except (BlockingIOError, ssl.SSLWantReadError):
             return idle <= _IDLE_SECONDS
         except (OSError, ValueError):
-            pass
+            pass  # lost, or that of a parent process
         return False
 
     def close(self) -> None:
         pass
 
+    flush = close
+
     def hang_up(self) -> None:
-        self.source.sock.close()
-
-    __del__ = hang_up
-
-
-class _Response(http.client.HTTPResponse):
-    """Waits through 102 and 103 too, where http.client skips 100 alone."""
-
-    def begin(self) -> None:
-        super().begin()
-        while 101 < self.status < 200:
-            self.headers = self.msg = None  # type: ignore[assignment]  # or begin() does nothing
-            super().begin()
+        self.source.close()
 
 
 class _Call(urllib.request.Request):
     """One request, and its answer while that is read."""
 
+    clock: _Clock
     response: http.client.HTTPResponse
-    keep: Callable[[Any], None]
-    wire: Any = None  # that of the connection, as long as the call owns it
+    give_back: Callable[[_Wire, bool], None]
+    wire: _Wire | None = None  # as long as the call owns it
     streams = sent = abandoned = False
 
     def __init__(
         self, gateway: _Gateway, key: str, method: str, path: str, body: Any, extra: dict[str, str]
     ) -> None:
-        super().__init__(
-            gateway.url + path, None if body is None else _json_bytes(body), method=method
-        )
+        data = None if body is None else _json_bytes(body)
+        super().__init__(gateway.url + path, data, method=method)
         if gateway.proxy and not gateway.tls:
-            self.set_proxy("{}:{}".format(*gateway.proxy), "http")
-            if gateway.proxy[2]:
-                self.add_unredirected_header("Proxy-Authorization", gateway.proxy[2])
-        for name, value in _headers(gateway.netloc, key, body is not None, extra).items():
+            host, port, login = gateway.proxy
+            self.set_proxy(f"{host}:{port}", "http")
+            extra = {**extra, "Proxy-Authorization": login} if login else extra
+        for name, value in _headers(gateway.netloc, key, data is not None, extra).items():
             self.add_unredirected_header(name, value)
-        self.gateway, self.key, self.clock = gateway, key, _Clock(_TIMEOUT, None)
-        self.idempotent = method in ("GET", "HEAD")
+        self.gateway, self.key, self.idempotent = gateway, key, method in ("GET", "HEAD")
         self.pins: dict[str, str] = {}
 
     def scrub(self, value: Any) -> Any:
@@ -650,65 +646,55 @@ class _Call(urllib.request.Request):
             return type(value)(map(self.scrub, value))
         return value.replace(self.key, "[key]") if isinstance(value, str) else value
 
-    def shown(self, body: bytes | bytearray) -> str:
+    def shown(self, body: bytearray) -> str:
         """What an error carries of a body; where that was cut, no first half of the key is left."""
         text: str = self.scrub(body[:_ERROR_LIMIT].decode("utf-8", "replace"))
         return text[: _ERROR_LIMIT - len(self.key)]
 
-    def failure(self, cause: Exception) -> LowRouterError:
-        """Our error for what was raised, by the phase in which it was, and without the key in it."""
-        error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
-        answer, error.completion = error.completion, None
-        error.args, error.__dict__ = self.scrub(error.args), self.scrub(vars(error))
-        error.args = tuple(str(each)[:_MESSAGE_LIMIT] for each in error.args)
-        error.completion, error.__context__ = answer, None  # the answer is the caller's, as it came
-        return error
-
     def translated(self, cause: Exception) -> LowRouterError:
-        clock, again = self.clock, self.idempotent or self.clock.phase == "connect"
-        late, phase = isinstance(cause, (socket.timeout, TimeoutError)), clock.phase
-        what = {
-            "connect": "cannot be reached",
-            "response": "did not answer",
-            "idle": "cut its answer",
-        }
-        reason = f"{self.gateway.name} {what[phase]}: {_line(cause) or type(cause).__name__}"
-        kind: type[LowRouterError] = APIConnectionError
-        if phase == "idle" or (phase == "response" and not isinstance(cause, OSError)):
-            kind = StreamError if self.streams and phase == "idle" else BadResponseError
+        """Our error for a foreign one, by the phase in which it was raised."""
+        clock, phase, name = self.clock, self.clock.phase, self.gateway.name
+        again = self.idempotent or phase == "connect"
+        billed = "; the call may have been billed, so it is not sent again" * (
+            self.sent and not again
+        )
+        if isinstance(cause, (socket.timeout, TimeoutError)):
+            phase = "deadline" if clock.end <= clock.until else phase
+            return APITimeoutError(f"{name} {_LATE[phase]}{billed}", phase=phase, _again=again)
+        reason = f"{name} {_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             reason += f"; checked against {trusted}: SSL_CERT_FILE names the file of a private CA"
-            again = False
-        if self.sent and not again:
-            reason += "; the call may have been billed, so it is not sent again"
-        if late:
-            phase = "deadline" if clock.end <= clock.until else phase
-            return APITimeoutError(f"{reason} ({phase})", phase=phase, _again=again)
+            return APIConnectionError(reason)
+        if phase == "connect" or (phase == "response" and isinstance(cause, OSError)):
+            return APIConnectionError(reason, _again=again)
+        kind = StreamError if self.streams and phase == "idle" else BadResponseError
         return kind(reason, _again=again)
 
-    def exchange(self, connection: Any) -> _Call:
+    def failure(self, cause: Exception) -> LowRouterError:
+        """Our error for whatever was raised, short and without the key in it."""
+        error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
+        answer, error.completion = error.completion, None  # the caller's, left as it came
+        error.args = tuple(self.scrub(str(each))[:_MESSAGE_LIMIT] for each in error.args)
+        try:
+            vars(error).update(self.scrub(vars(error)), completion=answer)
+        except RecursionError:
+            vars(error).update(body=None, message=None, completion=answer)  # nested without end
+        error.__context__ = None
+        return error
+
+    def exchange(self, wire: _Wire) -> _Call:
         """Send the request and read the head of the answer."""
-        self.connection, self.wire, self.sent = connection, connection.sock, False
-        self.wire.source.clock = self.clock
+        self.wire, self.sent, wire.source.clock = wire, False, self.clock
         self.clock.enter("response")
-        unsent = None
-        try:
-            connection.request(
-                self.get_method(), self.selector, self.data, dict(self.header_items())
-            )
+        # who closes before it has read all may have said why, 413 say: the answer decides
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            wire.ask(self.get_method(), self.selector, self.data, dict(self.header_items()))
             self.sent = True
-        except (ConnectionError, ssl.SSLError) as error:
-            unsent = error  # it may have said why, 413 say, and closed before it had read all
-        try:
-            self.response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            raise unsent or error from None
-        headers = self.response.headers
-        if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
-            self.response.headers = http.client.HTTPMessage()
-            for name, value in headers.items():
-                self.response.headers[self.scrub(name)] = self.scrub(value)
+        self.response = wire.answer(self.get_method())
+        headers, self.response.headers = self.response.headers, http.client.HTTPMessage()
+        for name, value in headers.items():
+            self.response.headers[self.scrub(name)] = self.scrub(value)
         self.clock.enter("idle")
         return self
 
@@ -718,7 +704,7 @@ class _Call(urllib.request.Request):
         if status >= 400:
             body = bytearray()
             self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
-            error = _status_error(name, status, self.response.reason, headers, self.shown(body))
+            error = _status_error(name, self.response, self.shown(body))
             error._again &= not (status == 503 and self.pins)
             raise error
         if not 200 <= status < 300:
@@ -726,17 +712,11 @@ class _Call(urllib.request.Request):
             host = _line(target[1].rpartition("@")[2]) if target else "another path"
             reason = "the key is sent to the gateway only: check the base URL"
             raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
-        lengths = set(headers.get_all("Content-Length", ["0"]))
-        if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths.pop()):
-            raise BadResponseError(f"{name} sent a broken Content-Length: a proxy may have done it")
-        codings = [
-            headers.get("Transfer-Encoding", "chunked"),
-            headers.get("Content-Encoding", "identity"),
-        ]
-        if [coding.strip().lower() for coding in codings] != ["chunked", "identity"]:
-            raise BadResponseError(
-                f"{name} sent an encoded answer unasked: a proxy may have done it"
-            )
+        for field, sound in _SOUND.items():
+            values = {value.strip().lower() for value in headers.get_all(field, [])}
+            if len(values) > 1 or not all(re.fullmatch(sound, value) for value in values):
+                what = f"a bad {field.lower()}, not what was asked for"
+                raise BadResponseError(f"{name} sent {what}: a proxy may have done it")
 
     def read(self) -> bytes:
         """Return bytes as soon as there are some, and b"" at the true end of the body."""
@@ -753,14 +733,11 @@ class _Call(urllib.request.Request):
         if not block and self.wire:
             response.close()  # before 3.13 a body that was read by read1 never counts as closed
             wire, self.wire = self.wire, None
-            if self.sent and not response.will_close and not self.abandoned:
-                self.keep(self.connection)
-            else:
-                wire.hang_up()
+            self.give_back(wire, self.sent and not (response.will_close or self.abandoned))
         return block
 
     def close(self) -> None:
-        """Hang up, unless the connection was given back."""
+        """Hang up, unless the wire was given back."""
         if self.wire:
             self.wire.hang_up()
 
@@ -773,7 +750,7 @@ class _Call(urllib.request.Request):
                 raise BadResponseError(f"{self.gateway.name} sent more than {limit >> 10} KiB")
 
     def abandon(self) -> None:
-        """Let another thread that waits for this answer come to an end: closing would not wake it."""
+        """End the wait of another thread for this answer, which closing would not."""
         self.abandoned, wire = True, self.wire
         if wire and wire.source.pid == os.getpid():  # the answer may be that of a parent process
             with contextlib.suppress(OSError):
@@ -788,26 +765,26 @@ class _Call(urllib.request.Request):
 
     def json(self, first: bytes = b"") -> Any:
         """The body, of which `first` was read already, as JSON; None where there is none (204)."""
-        body, text, name = bytearray(first), "", self.gateway.name
-        status, length = self.response.status, self.response.headers.get("Content-Length")
+        body, name = bytearray(first), self.gateway.name
         try:
             self.fill(body, _ANSWER_LIMIT)
-            text = body.decode("utf-8")
-            if not text and (status == 204 or length == "0" or self.get_method() == "HEAD"):
-                return None
-            if not text:  # a head that was cut looks like a whole one without a body
-                raise self.translated(http.client.IncompleteRead(b""))
-            body.clear()  # an answer of 50 MB is in memory twice, not three times
-            data = _loads(text)
         except LowRouterError as error:
             error.body = self.shown(body)
             raise
+        if not body:
+            empty = self.response.headers.get("Content-Length") == "0"
+            if empty or self.response.status == 204 or self.get_method() == "HEAD":
+                return None
+            raise http.client.IncompleteRead(b"")  # a head that was cut looks whole, without a body
+        shown = self.shown(body)
+        try:
+            text = body.decode("utf-8")
+            body.clear()  # an answer of 50 MB is in memory twice, not three times
+            data = _loads(text)
         except ValueError:
-            text = self.shown(body or text.encode("utf-8"))
-            what = (
-                "HTML: a proxy answered, not LowRouter" if text.lstrip()[:1] == "<" else "no JSON"
-            )
-            raise BadResponseError(f"{name} sent {what}", body=text) from None
+            html = shown.lstrip().startswith("<")
+            what = "HTML: a proxy answered, not LowRouter" if html else "no JSON"
+            raise BadResponseError(f"{name} sent {what}", body=shown) from None
         if "generation_id" not in _dict(data) and _dict(data).get("error"):
             said = _said(data)
             raise BadResponseError(f"{name} failed: {_line(said['message'])}", **said)
@@ -815,18 +792,18 @@ class _Call(urllib.request.Request):
 
 
 class _Transport(urllib.request.BaseHandler):
-    """Sends calls over kept connections, last in first out, and tries again where that is safe.
+    """Sends calls over kept wires, last in first out, and tries again where that is safe.
 
-    `list.append` and `list.pop` need no lock. The list belongs to one process: a forked child
-    closes its copies, which its parent does not notice.
+    `list.append` and `list.pop` need no lock. A wire belongs to the process that made it: a forked
+    child finds its copies not fresh and closes them, which its parent does not notice.
     """
 
     def __init__(self, gateway: _Gateway, max_retries: int) -> None:
         from threading import Lock  # not at the top: nobody else needs it at import
 
         self.gateway, self.max_retries, self.lock = gateway, max_retries, Lock()
-        self.idle: list[Any] = []
-        self.pid, self.closed = os.getpid(), False
+        self.idle: list[_Wire] = []
+        self.closed = False
         self.context: ssl.SSLContext | None = None
         self.opener = urllib.request.OpenerDirector()  # without any handler but this one
         self.opener.add_handler(self)
@@ -835,26 +812,21 @@ class _Transport(urllib.request.BaseHandler):
         """Hang up what is idle; what is in use follows when it is given back."""
         self.closed = True
         while self.idle:
-            self.idle.pop().sock.hang_up()
+            self.idle.pop().hang_up()
 
-    def keep(self, connection: Any) -> None:
-        connection.sock.idle_since = (time.monotonic(), time.time())
-        if self.closed or connection.sock.source.pid != self.pid:
-            connection.sock.hang_up()
+    def give_back(self, wire: _Wire, usable: bool) -> None:
+        wire.idle_since = (time.monotonic(), time.time())
+        if self.closed or not usable or wire.source.pid != os.getpid():
+            wire.hang_up()
         else:
-            self.idle.append(connection)
+            self.idle.append(wire)
 
-    def kept(self) -> Any:
-        if self.pid != os.getpid():
-            self.pid, parents, self.idle = os.getpid(), self.idle, []
-            for connection in parents:
-                connection.sock.hang_up()
+    def kept(self) -> _Wire | None:
         with contextlib.suppress(IndexError):
             while True:
-                connection = self.idle.pop()
-                if connection.sock.fresh():
-                    return connection
-                connection.sock.hang_up()
+                wire = self.idle.pop()
+                if wire.fresh():  # else it is dropped
+                    return wire
         return None
 
     def tls(self) -> ssl.SSLContext:
@@ -884,41 +856,32 @@ class _Transport(urllib.request.BaseHandler):
                 failure = error
         raise failure
 
-    def open_tunnel(self, wire: Any, login: str) -> None:
-        """Ask the proxy for a way to the gateway; of the API key it sees nothing."""
-        lines = "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n".format(self.gateway.target)
-        lines += f"Proxy-Authorization: {login}\r\n\r\n" if login else "\r\n"
-        wire.source.sock.settimeout(wire.source.clock.left())
-        wire.source.sock.sendall(lines.encode("ascii"))
-        answer = _Response(wire, method="HEAD")
-        answer.begin()
-        if answer.status == 407:
-            remedy = "put user and password into HTTPS_PROXY"
-            raise APIConnectionError(f"{self.gateway.name} was refused with 407: {remedy}")
-        if not 200 <= answer.status < 300:
-            raise OSError(f"the proxy answered {answer.status} {answer.reason}")
-
-    def connect(self, clock: _Clock) -> Any:
-        """TCP, CONNECT where a proxy is on the way, TLS; an HTTPConnection over a `_Wire`."""
+    def connect(self, clock: _Clock) -> _Wire:
+        """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
         gateway, context = self.gateway, self.tls() if self.gateway.tls else None
         wire = _Wire(self.dial(clock), clock)
         if context and gateway.proxy:
-            self.open_tunnel(wire, gateway.proxy[2])
+            login = {"Proxy-Authorization": gateway.proxy[2]} if gateway.proxy[2] else {}
+            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **login})
+            answer = wire.answer("HEAD")  # whose head is all there is, too
+            if answer.status in (401, 407):
+                remedy = "put user and password into HTTPS_PROXY"
+                raise APIConnectionError(f"{gateway.name} was refused ({answer.status}): {remedy}")
+            if not 200 <= answer.status < 300:
+                raise OSError(f"the proxy answered {answer.status} {answer.reason}")
         if context:
-            wire.source.sock.settimeout(clock.left())
-            sock = context.wrap_socket(wire.source.sock, server_hostname=gateway.host)
+            sock = wire.source.sock
+            sock.settimeout(clock.left())
+            sock = context.wrap_socket(sock, server_hostname=gateway.host)
             wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
-        connection: Any = http.client.HTTPConnection(gateway.host)
-        connection.sock, connection.response_class = wire, _Response
-        connection.debuglevel = 0  # whatever the program has set for all: it would print the key
-        return connection
+        return wire
 
     def http_open(self, call: _Call) -> _Call:
-        """What the opener calls. A kept connection may have died: then a new one is taken, once."""
-        call.keep, connection = self.keep, self.kept()
-        if connection:
+        """What the opener calls. A kept wire may have died: then a new one is taken, once."""
+        call.give_back, wire = self.give_back, self.kept()
+        if wire:
             try:
-                return call.exchange(connection)
+                return call.exchange(wire)
             except (ConnectionError, ssl.SSLError):
                 call.close()
                 if call.sent and not call.idempotent:
@@ -929,8 +892,8 @@ class _Transport(urllib.request.BaseHandler):
 
     def send(self, call: _Call, take: Callable[[_Call], Any]) -> Any:
         """Send the call until it is answered, and return what `take` makes of it."""
-        pause, longest = _BACKOFF
-        for tries_left in range(self.max_retries, -1, -1):
+        (pause, longest), tries_left = _BACKOFF, self.max_retries
+        while True:
             try:
                 call.clock.enter("connect")
                 call.clock.left()
@@ -944,7 +907,7 @@ class _Transport(urllib.request.BaseHandler):
             wait = pause * random.uniform(0.75, 1) if wait is None else wait
             if not tries_left or not error._again or not call.clock.pause(wait):
                 raise error
-            pause = min(pause * 2, longest)
+            tries_left, pause = tries_left - 1, min(pause * 2, longest)
 
 
 # ---- server-sent events: blocks -> lines -> events; WHATWG's rules, knowing neither JSON nor us --
@@ -991,7 +954,6 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that knows choices[].delta
 
-_ROUTED = ("generation_id", "provider", "region")
 _TEXTS = frozenset(("content", "reasoning", "reasoning_content", "refusal"))
 
 
@@ -1048,8 +1010,8 @@ class _Assembly:
     def __init__(self, headers: Message) -> None:
         self.headers, self.done = headers, False
         self.fields: dict[str, Any] = {}  # what is said of the answer as a whole
-        named = ((name, headers.get(_header(name))) for name in _ROUTED)
-        self.routed = {name: value for name, value in named if value is not None}
+        named = _ROUTED.items()
+        self.routed = {name: headers[header] for name, header in named if header in headers}
         self.usage: Any = None
         self.failed = False
         self.choices: dict[int, dict[str, Any]] = {}
@@ -1122,7 +1084,7 @@ def _are_models(models: Any) -> bool:
 
 
 class _ModelCache:
-    """The model list as JSON text: in memory, and with a directory in a file per gateway and key."""
+    """The model list as JSON text: in memory, and with a directory in a file of its own."""
 
     def __init__(self, directory: Any, base_url: str) -> None:
         self.directory, self.base_url = os.fspath(directory) if directory else "", base_url
@@ -1237,8 +1199,10 @@ class Stream:
         """What has been put together so far, in the type that `chat()` returns."""
         return self._assembly.completion()
 
-    #: Known from the response headers before the first chunk.
-    generation_id = property(lambda self: self.completion.generation_id)
+    @property
+    def generation_id(self) -> Any:
+        """What `generation()` looks up; known before the first chunk, from the response headers."""
+        return self.completion.generation_id
 
     def result(self) -> Completion:
         """Read to the end and return the whole answer, StreamError when it cannot be had."""
@@ -1267,6 +1231,8 @@ class Stream:
         except LowRouterError as error:
             self._error = error
             raise
+        except ValueError:  # another thread is just closing the generator
+            raise StopIteration from None
 
     def __enter__(self) -> Stream:
         return self
