@@ -513,12 +513,6 @@ class _Clock:
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
-_LATE = {
-    "connect": "could not be reached in time",
-    "response": "did not answer in time",
-    "idle": "was silent for too long within its answer",
-    "deadline": "did not give a whole answer before the deadline",
-}
 _SOUND = {
     "Content-Length": "[0-9]+",
     "Transfer-Encoding": "chunked",
@@ -660,7 +654,8 @@ class _Call(urllib.request.Request):
         )
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if clock.end <= clock.until else phase
-            return APITimeoutError(f"{name} {_LATE[phase]}{billed}", phase=phase, _again=again)
+            reason = f"{name} took too long (time-out: {phase}){billed}"
+            return APITimeoutError(reason, phase=phase, _again=again)
         reason = f"{name} {_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
