@@ -59,6 +59,7 @@ _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs 
 _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
+_NEVER = float("inf")
 _FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
@@ -101,8 +102,10 @@ class _Answer(dict):  # type: ignore[type-arg]
     headers: Message | None = None  # of the response; look-ups ignore case [docs]
 
     def _choice(self) -> dict[str, Any]:
-        choices = map(_dict, _list(self.get("choices")))
-        return next((choice for choice in choices if not choice.get("index")), {})
+        for choice in map(_dict, _list(self.get("choices"))):
+            if choice.get("index") in (0, None):
+                return choice
+        return {}
 
     def _routed(self, name: str) -> Any:
         value = _dict(self.get("lowrouter")).get(name)
@@ -117,7 +120,8 @@ class _Answer(dict):  # type: ignore[type-arg]
     @property
     def text(self) -> str:
         """The text of choice 0, "" when there is none."""
-        return _text(self.message.get("content"))
+        content = self.message.get("content")
+        return content if isinstance(content, str) else _text(content)
 
     # Of choice 0: what the model thought aloud, "" when not told; a list; "stop", "length", ...
     reasoning = property(
@@ -235,12 +239,19 @@ def _line(text: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
+_scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for an event
+
+
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
+    text = text.strip("\ufeff \t\r\n")
     try:
-        return json.loads(text.strip("\ufeff \t\r\n"))
+        value, end = _scan(text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
+    if end < len(text):
+        raise ValueError("more than one JSON value")
+    return value
 
 
 def _said(body: Any) -> dict[str, Any]:
@@ -370,9 +381,9 @@ HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
 SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
 
 
-def _seconds(name: str, value: Any, above: float = float("-inf")) -> float:
+def _seconds(name: str, value: Any, above: float = -_NEVER) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not above < value < float("inf"):
+    if not number or not above < value < _NEVER:
         raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
     return min(float(value), _FOREVER)
 
@@ -486,12 +497,15 @@ class _Clock:
 
     def enter(self, phase: str) -> None:
         """Begin to wait: "connect", "response" or "idle", which is the silence in a body."""
-        most = _CONNECT_SECONDS if phase == "connect" else _FOREVER
-        self.phase, self.until = phase, time.monotonic() + min(self.timeout, most)
+        self.phase, self.until = phase, _NEVER  # until it is asked: most events have come already
 
     def left(self) -> float:
         """Seconds for the next wait, always above 0."""
-        left = min(self.until, self.end) - time.monotonic()
+        now = time.monotonic()
+        if self.until == _NEVER:
+            most = _CONNECT_SECONDS if self.phase == "connect" else _FOREVER
+            self.until = now + min(self.timeout, most)
+        left = min(self.until, self.end) - now
         if left <= 0:
             raise socket.timeout("timed out")
         return left
@@ -952,11 +966,29 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 _TEXTS = frozenset(("content", "reasoning", "reasoning_content", "refusal"))
 
 
+class _Text:
+    """A text that grows: adding strings would copy it each time, and short ones take much room."""
+
+    def __init__(self) -> None:
+        self.blocks: list[str] = []
+        self.pieces: list[str] = []
+
+    def add(self, piece: str) -> None:
+        self.pieces.append(piece)
+        if len(self.pieces) > 1000:
+            self.blocks.append("".join(self.pieces))
+            self.pieces.clear()
+
+    def whole(self) -> str:
+        return "".join(self.blocks + self.pieces)
+
+
 def _slot(kept: dict[str, Any], name: str, kind: Any) -> Any:
     """The part of `kept` that grows, made when it is first needed."""
-    if not isinstance(kept.get(name), kind):
-        kept[name] = kind()
-    return kept[name]
+    part = kept.get(name)
+    if not isinstance(part, kind):
+        part = kept[name] = kind()
+    return part
 
 
 def _merge(
@@ -965,8 +997,7 @@ def _merge(
     """Add a delta: texts grow, lists and dicts too, of other values the last one counts."""
     for name, value in piece.items():
         if name in texts and value is not None:
-            text = value if isinstance(value, str) else _text(value)
-            _slot(kept, name, io.StringIO).write(text)  # += would copy all of it each time
+            _slot(kept, name, _Text).add(value if isinstance(value, str) else _text(value))
         elif name == "tool_calls" and isinstance(value, list):
             calls = _slot(kept, name, dict)  # by index, else by id, else the last one
             for call in value:
@@ -984,8 +1015,8 @@ def _merge(
 
 def _plain(value: Any, depth: int = 8) -> Any:
     """What `_merge` has put together, as plain data that does not change any more."""
-    if isinstance(value, io.StringIO):
-        return value.getvalue()
+    if isinstance(value, _Text):
+        return value.whole()
     if isinstance(value, dict) and depth:
         calls = value.get("tool_calls")
         if isinstance(calls, dict):  # by index and by id, in the order of their beginning
