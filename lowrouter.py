@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from email.message import Message
     from typing import Any, Callable, Iterable, Iterator
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 __all__ = """APIConnectionError APIStatusError APITimeoutError AuthenticationError BadResponseError
 Chunk Client Completion ConfigError InsufficientCreditsError LowRouterError NoProviderError
 NotFoundError PermissionDeniedError RateLimitError RouteMismatchError Stream StreamError
@@ -1463,3 +1463,466 @@ def models(refresh: bool = False) -> list[dict[str, Any]]:
 def generation(generation_id: str, wait: float = 0.0) -> dict[str, Any]:
     """Return the record of an answer: `Client.generation` of the shared client."""
     return _client().generation(generation_id, wait)
+
+
+# ---- command line: calls public names only; the only room that prints ----------------------------
+
+_HELP = """\
+chat [PROMPT]: stream an answer; a pipe is the prompt, or goes below it
+  -m MODEL  -s TEXT    the model [lowrouter/auto]; a system message
+  --region R  --provider P   an answer from there, or none
+  -p KEY=JSON          a field of the body; bare words are strings
+  --body FILE          a whole request, which the other options override
+  --no-stream  --curl   wait for all of it; print the curl command instead
+  -v                   route, tokens and eco numbers on stderr, as on a terminal
+    lowrouter chat "In one sentence, what is a vector database?"
+    git diff | lowrouter chat --region eu-west -p temperature=0 "Review this."
+models [FILTER]: list the models, or those with a word in their row
+  --refresh            ask again, even if the list is less than an hour old
+    lowrouter models eu-west
+    lowrouter models --json | jq -r '.[].id'
+generation ID: show the record of an answer: route, tokens, cost, eco
+  --wait SECONDS       for a record that is not written yet
+    lowrouter generation gen_01J9
+    lowrouter generation --wait 10 --json "$id"
+batch IN OUT: send the requests in IN; again, to go on or to retry what failed
+  --workers N          requests at once [8]; a kill makes at most N go twice
+  --shard I/N          line I of every N lines, for CI matrices and array jobs
+  -q                   no progress on stderr
+    lowrouter batch in.jsonl out.jsonl --workers 16
+    lowrouter batch in.jsonl "out-$I.jsonl" --shard "$I/4"
+get PATH: get any other path below the base URL
+    lowrouter get /providers
+    lowrouter get /credits
+with any command: --help says what it does, --version is that of lowrouter
+  --json               JSON on stdout, and errors as JSON on stderr
+  --timeout SECONDS    for connecting, for the answer, for a silence in it [600]
+  --deadline SECONDS   for a whole call
+  --allow-http         plain http also to other machines
+"""
+_CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # characters that a terminal obeys
+_UNITS = {"energy_wh": "Wh", "carbon_g": "gCO2e", "latency_ms": "ms", "cost_credits": "credits"}
+_TABLE = {"ID": "^id$", "CONTEXT": "context", "ECO": "^eco|band", "PRICE": "pric|cost"}
+_TABLE.update({"REGIONS": "region", "CAPABILITIES": "capabilit|_use$|vision|_output$"})
+_CELL = 12  # characters that a cell of this table keeps on a narrow terminal
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line in a batch
+_LONGEST_PAUSE = 60.0  # seconds; a line that is put off for longer waits for the next run
+_PATIENCE = 5.0  # seconds that Ctrl-C leaves to the requests that are under way
+
+
+def _put(text: str, stream: Any) -> None:
+    """Write at once; what a terminal shows must not steer it."""
+    if stream.isatty():
+        text = re.sub(_CONTROL, lambda match: repr(match[0])[1:-1], text)
+    with contextlib.suppress(*[OSError] * (stream is sys.stderr)):  # which nobody reads then
+        stream.write(text)
+        stream.flush()
+
+
+def _parsed(text: str | bytes) -> Any:
+    """What JSON says; anything else as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _cell(value: Any) -> str:
+    """Any JSON in one line; of what is true the name is enough, what is false is left out."""
+    if isinstance(value, dict):
+        parts = [k if v is True else f"{k} {_cell(v)}" for k, v in value.items() if v is not False]
+        return ", ".join(parts)
+    if isinstance(value, list):
+        return " ".join(map(_cell, value))
+    return "not given" if value is None else " ".join(str(value).split())
+
+
+def _tree(value: Any, indent: str = "") -> Iterator[str]:
+    """Any JSON as indented lines, with the units that are documented."""
+    for name, each in value.items() if isinstance(value, dict) else [("-", each) for each in value]:
+        if each and isinstance(each, (dict, list)):
+            yield f"{indent}{name}\n"
+            yield from _tree(each, indent + "  ")
+        else:
+            yield f"{indent + name:<24} {_cell(each)} {_UNITS.get(name, '')}".rstrip() + "\n"
+
+
+def _table(models: list[dict[str, Any]], word: str) -> Iterator[str]:
+    """The models with `word` in their row, as wide as the terminal: the widest columns give way."""
+    from shutil import get_terminal_size
+
+    rows = []
+    for model in models:
+        eco = model.get("eco")
+        told = {**model, "eco": eco.get("accuracy", eco) if isinstance(eco, dict) else eco}
+        told = {name: each for name, each in told.items() if each is not None}
+        found = [{n: told[n] for n in told if re.search(keys, n)} for keys in _TABLE.values()]
+        rows.append([_cell(each if len(each) > 1 else list(each.values())) for each in found])
+    rows = [list(_TABLE), *sorted(row for row in rows if word.lower() in " ".join(row).lower())]
+    columns = [column for column in zip(*rows) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    width = get_terminal_size((10000, 24)).columns or 80  # into a pipe nothing is cut
+    while sum(widths) + 2 * len(widths) > width and max(widths[1:], default=0) > _CELL:
+        widths[widths.index(max(widths[1:]), 1)] -= 1  # not of an id, which is there to be copied
+    for row in zip(*columns):
+        cells = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(row, widths)]
+        line = "  ".join(cell.ljust(w) for cell, w in zip(cells, widths))
+        yield line[: max(width, widths[0])].rstrip() + "\n"
+
+
+def _exit_status(error: BaseException, body: Any) -> int:
+    """What a script sees of an error; `body` was sent."""
+    status, part = getattr(error, "status", 0), getattr(error, "completion", None)
+    route = body.get("route")
+    pinned = isinstance(route, dict) and (route.get("region") or route.get("provider"))
+    if isinstance(error, (ValueError, TypeError)):
+        return 2
+    if isinstance(error, RouteMismatchError) or (pinned and status == 503):
+        return 6
+    if status:
+        soon = 5 if status >= 500 or status in (408, 409, 429) else 4
+        return 3 if status in (401, 403) else soon
+    if part and part.text:
+        return 8
+    return 7 if isinstance(error, APIConnectionError) else 1
+
+
+def _chat_request(options: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """The body of --body, overridden by -p, and both by the options that have a name."""
+    body: Any = {}
+    if options.get("body"):
+        with open(options["body"], "rb") as file:
+            body = _parsed(file.read())
+    fields = [field.partition("=") for field in options["p"]]
+    if not isinstance(body, dict) or not all(name and equals for name, equals, _ in fields):
+        raise ConfigError("--body takes a file with a JSON object, -p takes KEY=JSON")
+    body.update({name: _parsed(value) for name, _, value in fields})
+    texts = [word for word in words if word != "-"]
+    if "-" in words or not sys.stdin.isatty():
+        texts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
+    prompt = "\n\n".join(filter(None, texts))
+    messages = [{"role": "user", "content": prompt}] if prompt else body.get("messages")
+    if not messages:
+        raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
+    system = [{"role": "system", "content": options["s"]}] if options.get("s") else []
+    pins = {name: options[name] for name in ("region", "provider") if options.get(name)}
+    model, route = options.get("m") or body.get("model"), {**(body.get("route") or {}), **pins}
+    return {**body, "model": model, "messages": [*system, *messages], "route": route or None}
+
+
+def _chat(client: Client, options: dict[str, Any], body: dict[str, Any]) -> None:
+    """Print the text as it comes, also what came before an error, and then what it took."""
+    fields = {name: each for name, each in body.items() if name not in ("messages", "stream")}
+    streams = body.get("stream") is not False and "no-stream" not in options
+    if "curl" in options:
+        _put(client.curl(body["messages"], streams, **fields) + "\n", sys.stdout)
+        return
+    failure, shown = None, 0
+    try:
+        answer: Any = (client.stream if streams else client.chat)(body["messages"], **fields)
+        for chunk in answer if streams and "json" not in options else ():
+            _put(chunk.text, sys.stdout)
+            shown += len(chunk.text)
+        answer = answer.result() if streams else answer
+    except LowRouterError as error:
+        failure, answer = error, error.completion
+        answer = None if isinstance(error, RouteMismatchError) else answer
+    if answer and "json" in options:
+        _put(json.dumps(answer, ensure_ascii=False, indent=2) + "\n", sys.stdout)
+    elif answer:
+        newline = sys.stdout.isatty() and answer.text[-1:] != "\n"
+        _put(answer.text[shown:] + "\n" * newline, sys.stdout)
+    if failure:
+        raise failure
+    if "v" in options or sys.stderr.isatty():
+        usage, eco = answer.usage or {}, answer.eco or {}
+        told = {n: getattr(answer, n) for n in ("generation_id", "model", "provider", "region")}
+        told.update({"tokens": usage.get("total_tokens"), "Wh": eco.get("energy_wh")})
+        told.update({"gCO2e": eco.get("carbon_g"), "accuracy": eco.get("accuracy")})
+        _put(_cell(told) + "\n", sys.stderr)
+
+
+def _look(client: Client, command: str, options: dict[str, Any], words: list[str]) -> None:
+    """What models, generation and get have in common: something is fetched and shown."""
+    shown: Iterable[str] = ()
+    if command == "models":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found: Any = client.models("refresh" in options)
+        _put("".join(f"lowrouter: {each.message}\n" for each in caught), sys.stderr)
+        shown = _table(found, "".join(words))
+    elif command == "generation":
+        found = client.generation(words[0], float(options.get("wait") or 0))
+        shown = _tree({**found, "eco": found.get("eco")})
+    else:
+        found = client.request("GET", words[0])
+    if "json" in options or command == "get":
+        shown = [json.dumps(found, ensure_ascii=False, indent=2) + "\n"]
+    _put("".join(shown), sys.stdout)
+
+
+def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
+    """Line number, id and body of each request; at the end an error if some lines are none."""
+    lines: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(source, 1):
+        job = _parsed(line) if line.strip() else {"messages": None}
+        job = job if isinstance(job, dict) else {}
+        name, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
+        first = lines.setdefault(str(name), number)
+        if first != number:
+            problems.append(f"line {number} has the custom_id of line {first}")
+        elif not isinstance(name, str) or not isinstance(body, dict) or "messages" not in body:
+            problems.append(f"line {number} is no request")
+        elif line.strip():
+            yield number, name, body
+    if problems:
+        told = "; ".join(problems[:9])
+        raise ConfigError(f"{told} ({len(problems)} bad lines, nothing was sent)")
+
+
+def _results(out: Any) -> Iterator[tuple[bytes, Any]]:
+    """The lines of OUT; a last one torn by a kill is cut off, a foreign one is an error."""
+    size = out.seek(0)
+    for line in out:
+        torn = not line.endswith(b"\n")
+        if torn and line.startswith(b'{"custom_id"'[: len(line)]):
+            out.truncate(size)
+            return
+        record = None if torn else _parsed(line)
+        if not isinstance(record, dict) or not {"custom_id", "response", "error"} <= set(record):
+            raise ConfigError(f"{out.name} is no file that a batch has written")
+        yield line, record
+        size += len(line)
+
+
+def _finish(out: Any) -> tuple[str, int]:
+    """Rewrite OUT with one line per id; return the totals, and how many lines have failed."""
+    last = {record["custom_id"]: number for number, (_, record) in enumerate(_results(out))}
+    answers, draft = [], out.name + ".new"
+    with open(draft, "wb") as file:
+        for number, (line, record) in enumerate(_results(out)):
+            if last[record["custom_id"]] == number:
+                file.write(line)
+            if last[record["custom_id"]] == number and record["error"] is None:
+                answer = Completion(record["response"]["body"])
+                usage, eco = answer.usage or {}, answer.eco or {}
+                spent = (usage.get("total_tokens"), usage.get("cost"))
+                answers.append((*spent, eco.get("energy_wh"), eco.get("carbon_g")))
+        file.flush()
+        os.fsync(file.fileno())
+    out.close()  # or Windows would not replace it
+    os.replace(draft, out.name)
+    totals = f"{len(last)} requests, {len(last) - len(answers)} failed"
+    for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*answers)):
+        given = [number for number in column if isinstance(number, (int, float))]
+        none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
+        totals += f", {sum(given):,.9g} {name}{none}"
+    return totals, len(last) - len(answers)
+
+
+class _Batch:
+    """Requests under way: the workers only send, and one thread writes what they bring."""
+
+    def __init__(self, client: Client, out: Any, total: int, quiet: bool) -> None:
+        from threading import Event
+
+        self.client, self.out, self.total, self.quiet = client, out, total, quiet
+        self.stop, self.done, self.failed = Event(), 0, 0
+        self.began = self.start = time.monotonic()  # before `start` nobody sends
+
+    def ask(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """Send a request and return its line for OUT, None when Ctrl-C came first."""
+        body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
+        status: Any
+        for pause in _PAUSES:
+            while self.start > time.monotonic() and not self.stop.is_set():
+                self.stop.wait(self.start - time.monotonic())
+            if self.stop.is_set():
+                return None
+            try:
+                said: Any = self.client.chat(**body)
+                request_id = said.headers and said.headers.get("X-Request-Id")
+                status, error = 200, None
+                break
+            except (LowRouterError, TypeError) as failure:
+                names = ("status", "request_id", "body", "retry_after", "code")
+                status, request_id, said, wait, code = (getattr(failure, n, None) for n in names)
+                error = {"code": code or type(failure).__name__, "message": str(failure)}
+                wait = pause if wait is None else wait
+                if not pause or wait > _LONGEST_PAUSE or _exit_status(failure, body) != 5:
+                    break
+            self.start = max(self.start, time.monotonic() + wait)
+        response = {"status_code": status, "request_id": request_id, "body": said}
+        return {"custom_id": custom_id, "response": response if status else None, "error": error}
+
+    def write(self, record: Any) -> None:
+        """Write a result, if Ctrl-C has left one, and tell how far the batch is."""
+        from shutil import get_terminal_size
+
+        if record is None:
+            return
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self.out.write(line.encode("utf-8", "backslashreplace"))
+        self.out.flush()
+        self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
+        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        tenths, left = 10 * self.done // self.total, (self.total - self.done) / rate
+        text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s, {left:.0f} s left"
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet:
+            width = get_terminal_size().columns - 1
+            bar = f"[{'#' * tenths:<10}] {text}"[:width].ljust(width)
+            print(bar, end="\r" if left else "\n", file=sys.stderr, flush=True)
+        elif tenths > 10 * (self.done - 1) // self.total and not self.quiet:
+            _put(text + "\n", sys.stderr)
+
+    def send(self, jobs: Iterable[Any], workers: int) -> None:
+        """Send the jobs, `workers` at a time."""
+        from queue import Empty, SimpleQueue
+        from signal import SIGINT, signal
+        from threading import Thread
+
+        waiting: Any = SimpleQueue()
+        results: Any = SimpleQueue()
+
+        def work() -> None:
+            for _, custom_id, body in iter(waiting.get, None):
+                results.put(self.ask(custom_id, body))
+
+        def take(timeout: float | None = None) -> None:
+            record = results.get(timeout=timeout)
+            if record is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            self.write(record)
+
+        for _ in range(workers):
+            Thread(target=work, daemon=True).start()  # no exit waits for a daemon
+        under_way = 0
+        before = signal(SIGINT, lambda *_: results.put(KeyboardInterrupt))  # never amid a line
+        try:
+            for job in itertools.chain(jobs, itertools.repeat(None, workers)):
+                waiting.put(job)
+                under_way += job is not None
+                if under_way == workers or (under_way and job is None):
+                    take()
+                    under_way -= 1
+        except KeyboardInterrupt:
+            self.stop.set()
+            end = time.monotonic() + _PATIENCE
+            with contextlib.suppress(Empty):
+                for _ in range(under_way):
+                    take(max(0.0, end - time.monotonic()))
+            raise
+        finally:
+            signal(SIGINT, before)
+
+
+def _batch(client: Client, options: dict[str, Any], words: list[str]) -> int:
+    """Send what is not done yet; 9 when lines have failed."""
+    shard = re.fullmatch("([0-9]+)/([0-9]+)", options.get("shard") or "1/1")
+    part, parts = map(int, shard.groups() if shard else (0, 0))
+    workers = int(options.get("workers") or 8)
+    if not 0 < part <= parts or not 0 < workers <= 1000:
+        raise ConfigError("--shard takes I/N with I from 1 to N, --workers a number up to 1000")
+    with open(words[0], "rb") as source:
+        lines = {custom_id: number for number, custom_id, _ in _jobs(source)}
+        source.seek(0)
+        with open(os.path.realpath(words[1]), "a+b") as out:
+            if not os.path.isfile(out.name):
+                raise ConfigError(f"{words[1]} is no regular file")
+            done = {record["custom_id"]: record["error"] is None for _, record in _results(out)}
+            todo = {i for i, n in lines.items() if (n - part) % parts == 0 and not done.get(i)}
+            batch = _Batch(client, out, len(todo), "q" in options)
+            batch.send((job for job in _jobs(source) if job[1] in todo), workers)
+            totals, failed = _finish(out)
+    _put(totals + "\n", sys.stderr)
+    return 9 if failed else 0
+
+
+def _arguments(argv: list[str]) -> tuple[str, dict[str, Any], list[str]]:
+    """Command, options and words, by what the help says of them."""
+    from getopt import GetoptError, gnu_getopt
+
+    *commands, always = re.split(r"\n(?=\w)", _HELP)
+    texts = {text.split()[0]: text for text in commands}
+    command = argv[0] if argv and argv[0] in texts else ""
+    text = f"{texts[command]}\n{always}" if command else f"COMMAND ...: \n{_HELP}"
+    usage, _, rest = text.partition(": ")
+    flags = " ".join(re.findall(r"(?m)^  (-.*?)   ", text)) + " --help --version"
+    known = re.findall(r"(--?)([a-z-]+) ?([A-Z/=]*)", flags)
+    short = "".join(name + ":" * bool(value) for dash, name, value in known if dash == "-")
+    long = [name + "=" * bool(value) for dash, name, value in known if dash == "--"]
+    try:
+        pairs, words = gnu_getopt(argv[bool(command) :], short, long)
+    except GetoptError as error:
+        raise ConfigError(f"{error}; see --help") from None
+    options: dict[str, Any] = {name.lstrip("-"): value for name, value in pairs}
+    options["p"] = [value for name, value in pairs if name == "-p"]
+    if "help" in options:
+        return "", options, [f"usage: lowrouter {usage}\n{rest}"]
+    if "version" in options:
+        return "", options, [f"lowrouter {__version__} (Python {sys.version.split()[0]})\n"]
+    if not command or not 0 <= usage.count(" ") - len(words) <= usage.count("["):
+        raise ConfigError(f"usage: lowrouter {usage}; see --help")
+    return command, options, words
+
+
+def _run(argv: list[str], body: dict[str, Any]) -> int:
+    """Run one command; what `chat` sends is put into `body`."""
+    command, options, words = _arguments(argv)
+    if not command:
+        _put(words[0], sys.stdout)
+        return 0
+    get, home = os.environ.get, os.environ.get("HOME") or "none"
+    folders = {"win32": get("LOCALAPPDATA") or "", "darwin": home + "/Library/Caches"}
+    folder = folders.get(sys.platform, get("XDG_CACHE_HOME") or home + "/.cache")
+    cache = os.path.join(folder, "lowrouter") if os.path.isabs(folder) else None
+    settings: dict[str, Any] = {"cache_dir": get("LOWROUTER_CACHE_DIR") or cache}
+    settings.update({n: float(options[n]) for n in ("timeout", "deadline") if options.get(n)})
+    settings["max_retries"] = 0 if command == "batch" else 2  # there all workers wait together
+    with Client(allow_http="allow-http" in options, **settings) as client:
+        if command == "batch":
+            return _batch(client, options, words)
+        if command == "chat":
+            body.update(_chat_request(options, words))
+            _chat(client, options, body)
+        else:
+            _look(client, command, options, words)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, that of the program by default, and return the exit status."""
+    body: dict[str, Any] = {}
+    argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or io.StringIO())  # it was closed
+        errors = "replace" if name == "stdin" else "backslashreplace"
+        with contextlib.suppress(AttributeError, ValueError):  # a test's, or in use already
+            getattr(sys, name).reconfigure(encoding="utf-8", errors=errors, newline="\n")
+    try:
+        argv = [each.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for each in argv]
+        return _run(argv, body)
+    except BrokenPipeError:
+        return 0  # the reader has had enough
+    except KeyboardInterrupt:
+        status, text = 130, "lowrouter: interrupted (a batch goes on with the same command)"
+    except (LowRouterError, OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        status, text = _exit_status(error, body), "lowrouter: " + " ".join(str(error).split())
+        if "--json" in argv:
+            names = ("status", "code", "generation_id", "request_id", "retry_after")
+            told = {name: getattr(error, name, None) for name in names}
+            told = {"type": type(error).__name__, "message": str(error), "exit": status, **told}
+            text = json.dumps({"error": told})
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                sys.stdout.close()  # else the interpreter would try again, and complain
+    _put(text + "\n", sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
