@@ -6107,7 +6107,7 @@ class TestReadme(Clean):
                 self.assertRegex(printed, _shape(["...".join(["", *said, ""])]))
         with open(os.path.join(folder, "out.jsonl"), encoding="utf-8") as file:
             results = [json.loads(line) for line in file]
-        self.assertEqual([result["custom_id"] for result in results], ["a", "line-2"])
+        self.assertCountEqual([result["custom_id"] for result in results], ["a", "line-2"])
         self.assertEqual([result["error"] for result in results], [None, None])
 
     @unittest.skipUnless(shutil.which("bash"), "there is no bash")
