@@ -701,9 +701,11 @@ class _Call(urllib.request.Request):
             wire.ask(self.get_method(), self.selector, self.data, dict(self.header_items()))
             self.sent = True
         self.response = wire.answer(self.get_method())
-        headers, self.response.headers = self.response.headers, http.client.HTTPMessage()
-        for name, value in headers.items():
-            self.response.headers[self.scrub(name)] = self.scrub(value)
+        headers = self.response.headers
+        if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
+            self.response.headers = http.client.HTTPMessage()
+            for name, value in headers.items():
+                self.response.headers[self.scrub(name)] = self.scrub(value)
         self.clock.enter("idle")
         return self
 
