@@ -308,9 +308,11 @@ def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    wrong = [each for each in _list(messages) if not isinstance(each, dict)]
-    for each in wrong if isinstance(messages, list) else [messages]:
-        raise ConfigError(f"messages must be a str or a list of dicts, not {type(each).__name__}")
+    each = messages if isinstance(messages, list) else [messages]
+    wrong = [type(one).__name__ for one in each if not isinstance(one, dict)]
+    if wrong or each is not messages:
+        what = ", ".join(wrong) or "one dict"
+        raise ConfigError(f"messages must be a str or a list of dicts, not {what}")
     for name in _ELSEWHERE.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
     if options.get("stream") not in (None, stream):
