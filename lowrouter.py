@@ -158,7 +158,7 @@ class LowRouterError(Exception):
     code: str | int | None = None
     body: Any = None
     generation_id: str | None = None
-    _again = False  # whether the same request may be sent once more
+    retryable: bool = False
 
     def __init__(self, message: str = "", /, **details: Any) -> None:
         super().__init__(message)  # the message alone, since pickle rebuilds the error from `args`
@@ -285,7 +285,7 @@ def _status_error(name: str, response: http.client.HTTPResponse, body: Any) -> A
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     error.generation_id = headers.get(_ROUTED["generation_id"])
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
-    error._again = status in _RETRY_STATUSES and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
+    error.retryable = status in _RETRY_STATUSES and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
 
 
@@ -671,16 +671,16 @@ class _Call(urllib.request.Request):
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if clock.end <= clock.until else phase
             reason = f"{name} took too long (time-out: {phase}){billed}"
-            return APITimeoutError(reason, phase=phase, _again=again)
+            return APITimeoutError(reason, phase=phase, retryable=again)
         reason = f"{name} {_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             reason += f"; checked against {trusted}: SSL_CERT_FILE names the file of a private CA"
             return APIConnectionError(reason)
         if phase == "connect" or (phase == "response" and isinstance(cause, OSError)):
-            return APIConnectionError(reason, _again=again)
+            return APIConnectionError(reason, retryable=again)
         kind = StreamError if self.streams and phase == "idle" else BadResponseError
-        return kind(reason, _again=again)
+        return kind(reason, retryable=again)
 
     def failure(self, cause: Exception) -> LowRouterError:
         """Our error for whatever was raised, short and without the key in it."""
@@ -718,7 +718,7 @@ class _Call(urllib.request.Request):
             body = bytearray()
             self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
             error = _status_error(name, self.response, self.shown(body))
-            error._again &= not (status == 503 and self.pins)
+            error.retryable &= not (status == 503 and self.pins)
             raise error
         if not 200 <= status < 300:
             target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
@@ -918,7 +918,7 @@ class _Transport(urllib.request.BaseHandler):
                 error = call.failure(cause)
             wait = getattr(error, "retry_after", None)
             wait = pause * random.uniform(0.75, 1) if wait is None else wait
-            if not tries_left or not error._again or not call.clock.pause(wait):
+            if not tries_left or not error.retryable or not call.clock.pause(wait):
                 raise error
             tries_left, pause = tries_left - 1, min(pause * 2, longest)
 
@@ -1345,7 +1345,7 @@ class Client:
         call.streams, call.pins = streams, _pins(body, self._headers)
         return call
 
-    def chat(self, messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+    def chat(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Completion:
         """Ask, and return the whole answer; raises a `LowRouterError`.
 
         `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
@@ -1354,7 +1354,7 @@ class Client:
         answer: Completion = self._transport.send(self._chat_call(messages, False, options), _whole)
         return answer
 
-    def stream(self, messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+    def stream(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Stream:
         """Ask as `chat()` does, and return the chunks as they come.
 
         The request is sent here, and a refusal raised; the stream raises what happens later.
@@ -1510,7 +1510,8 @@ _TABLE = {"ID": "^id$", "CONTEXT": "context", "ECO": "^eco|band", "PRICE": "pric
 _TABLE.update({"REGIONS": "region", "CAPABILITIES": "capabilit|_use$|vision|_output$"})
 _CELL = 12  # characters that a cell of this table keeps on a narrow terminal
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line in a batch
-_LONGEST_PAUSE = 60.0  # seconds; a line that is put off for longer waits for the next run
+_LONGEST_PAUSE = 60.0  # seconds; who is put off for longer has to run the batch again
+_HOPELESS = (AuthenticationError, InsufficientCreditsError)  # the other lines would fare no better
 _PATIENCE = 5.0  # seconds that Ctrl-C leaves to the requests that are under way
 
 
@@ -1518,9 +1519,23 @@ def _put(text: str, stream: Any) -> None:
     """Write at once; what a terminal shows must not steer it."""
     if stream.isatty():
         text = re.sub(_CONTROL, lambda match: repr(match[0])[1:-1], text)
-    with contextlib.suppress(*[OSError] * (stream is sys.stderr)):  # which nobody reads then
+    try:
         stream.write(text)
         stream.flush()
+    except OSError:
+        if stream is not sys.stderr:
+            raise
+        sys.stderr = io.StringIO()  # nobody reads it; else the interpreter tries again at its end
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def _number(options: dict[str, Any], name: str, default: float) -> float:
+    """The value of an option as a number."""
+    try:
+        return float(options.get(name, default))
+    except ValueError:
+        raise ConfigError(f"--{name} takes a number, not {options[name]!r}") from None
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -1579,8 +1594,8 @@ def _exit_status(error: BaseException, body: Any) -> int:
     status, part = getattr(error, "status", 0), getattr(error, "completion", None)
     route = body.get("route")
     pinned = isinstance(route, dict) and (route.get("region") or route.get("provider"))
-    if isinstance(error, (ValueError, TypeError)):
-        return 2
+    if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None):
+        return 2  # also a file that cannot be opened
     if isinstance(error, RouteMismatchError) or (pinned and status == 503):
         return 6
     if status:
@@ -1588,7 +1603,7 @@ def _exit_status(error: BaseException, body: Any) -> int:
         return 3 if status in (401, 403) else soon
     if part and part.text:
         return 8
-    return 7 if isinstance(error, APIConnectionError) else 1
+    return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
 
 
 def _chat_request(options: dict[str, Any], words: list[str]) -> dict[str, Any]:
@@ -1606,8 +1621,10 @@ def _chat_request(options: dict[str, Any], words: list[str]) -> dict[str, Any]:
         texts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
     prompt = "\n\n".join(filter(None, texts))
     messages = [{"role": "user", "content": prompt}] if prompt else body.get("messages")
-    if not messages:
+    if not messages or not isinstance(messages, list):
         raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
+    if not isinstance(body.get("route") or {}, dict):
+        raise ConfigError('route must be a JSON object such as {"region": "eu-west"}')
     system = [{"role": "system", "content": options["s"]}] if options.get("s") else []
     pins = {name: options[name] for name in ("region", "provider") if options.get(name)}
     model, route = options.get("m") or body.get("model"), {**(body.get("route") or {}), **pins}
@@ -1656,7 +1673,7 @@ def _look(client: Client, command: str, options: dict[str, Any], words: list[str
         _put("".join(f"lowrouter: {each.message}\n" for each in caught), sys.stderr)
         shown = _table(found, "".join(words))
     elif command == "generation":
-        found = client.generation(words[0], float(options.get("wait") or 0))
+        found = client.generation(words[0], _number(options, "wait", 0))
         shown = _tree({**found, "eco": found.get("eco")})
     else:
         found = client.request("GET", words[0])
@@ -1693,36 +1710,57 @@ def _results(out: Any) -> Iterator[tuple[bytes, Any]]:
         if torn and line.startswith(b'{"custom_id"'[: len(line)]):
             out.truncate(size)
             return
-        record = None if torn else _parsed(line)
-        if not isinstance(record, dict) or not {"custom_id", "response", "error"} <= set(record):
+        try:
+            record = json.loads(line)
+            ours = isinstance(record["custom_id"], str) and not torn
+            ours = ours and (record["error"] or isinstance(record["response"]["body"], dict))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            ours = False
+        if not ours:
             raise ConfigError(f"{out.name} is no file that a batch has written")
         yield line, record
         size += len(line)
 
 
-def _finish(out: Any) -> tuple[str, int]:
+def _rewrite(out: Any, draft: str) -> tuple[str, int]:
     """Rewrite OUT with one line per id; return the totals, and how many lines have failed."""
     last = {record["custom_id"]: number for number, (_, record) in enumerate(_results(out))}
-    answers, draft = [], out.name + ".new"
-    with open(draft, "wb") as file:
+    answers = []
+    with open(draft, "xb") as file:
         for number, (line, record) in enumerate(_results(out)):
             if last[record["custom_id"]] == number:
                 file.write(line)
-            if last[record["custom_id"]] == number and record["error"] is None:
+            if last[record["custom_id"]] == number and not record["error"]:
                 answer = Completion(record["response"]["body"])
                 usage, eco = answer.usage or {}, answer.eco or {}
                 spent = (usage.get("total_tokens"), usage.get("cost"))
                 answers.append((*spent, eco.get("energy_wh"), eco.get("carbon_g")))
         file.flush()
         os.fsync(file.fileno())
+    os.chmod(draft, os.stat(out.name).st_mode & 0o777)
     out.close()  # or Windows would not replace it
     os.replace(draft, out.name)
-    totals = f"{len(last)} requests, {len(last) - len(answers)} failed"
+    totals = f"{len(last)} lines, {len(last) - len(answers)} failed"
     for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*answers)):
         given = [number for number in column if isinstance(number, (int, float))]
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
         totals += f", {sum(given):,.9g} {name}{none}"
     return totals, len(last) - len(answers)
+
+
+def _lock(out: Any) -> None:
+    """Two runs that append to one file would lose lines; the lock ends with its process."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        try:
+            flock(out, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{out.name} is in use: give each run, and each shard, its own"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
 
 class _Batch:
@@ -1732,11 +1770,11 @@ class _Batch:
         from threading import Event
 
         self.client, self.out, self.total, self.quiet = client, out, total, quiet
-        self.stop, self.done, self.failed = Event(), 0, 0
+        self.stop, self.done, self.failed, self.problem = Event(), 0, 0, ""
         self.began = self.start = time.monotonic()  # before `start` nobody sends
 
     def ask(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any] | None:
-        """Send a request and return its line for OUT, None when Ctrl-C came first."""
+        """Send a request and return its line for OUT, None when the batch has been stopped."""
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
         status: Any
         for pause in _PAUSES:
@@ -1754,7 +1792,9 @@ class _Batch:
                 status, request_id, said, wait, code = (getattr(failure, n, None) for n in names)
                 error = {"code": code or type(failure).__name__, "message": str(failure)}
                 wait = pause if wait is None else wait
-                if not pause or wait > _LONGEST_PAUSE or _exit_status(failure, body) != 5:
+                if wait > _LONGEST_PAUSE or isinstance(failure, _HOPELESS):
+                    self.stop.set()
+                if not pause or not getattr(failure, "retryable", False):
                     break
             self.start = max(self.start, time.monotonic() + wait)
         response = {"status_code": status, "request_id": request_id, "body": said}
@@ -1770,6 +1810,7 @@ class _Batch:
         self.out.write(line.encode("utf-8", "backslashreplace"))
         self.out.flush()
         self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
+        self.problem = self.problem or (record["error"] or {}).get("message", "")
         rate = self.done / max(time.monotonic() - self.began, 1e-9)
         tenths, left = 10 * self.done // self.total, (self.total - self.done) / rate
         text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s, {left:.0f} s left"
@@ -1823,23 +1864,32 @@ class _Batch:
 
 def _batch(client: Client, options: dict[str, Any], words: list[str]) -> int:
     """Send what is not done yet; 9 when lines have failed."""
-    shard = re.fullmatch("([0-9]+)/([0-9]+)", options.get("shard") or "1/1")
+    shard = re.fullmatch("([0-9]+)/([0-9]+)", options.get("shard", "1/1"))
     part, parts = map(int, shard.groups() if shard else (0, 0))
-    workers = int(options.get("workers") or 8)
+    workers = int(_number(options, "workers", 8))
     if not 0 < part <= parts or not 0 < workers <= 1000:
         raise ConfigError("--shard takes I/N with I from 1 to N, --workers a number up to 1000")
-    with open(words[0], "rb") as source:
+    with open(words[0], "rb") as source, open(os.path.realpath(words[1]), "a+b") as out:
+        if not os.path.isfile(out.name) or not source.seekable():
+            raise ConfigError("IN and OUT must be regular files")
         lines = {custom_id: number for number, custom_id, _ in _jobs(source)}
         source.seek(0)
-        with open(os.path.realpath(words[1]), "a+b") as out:
-            if not os.path.isfile(out.name):
-                raise ConfigError(f"{words[1]} is no regular file")
-            done = {record["custom_id"]: record["error"] is None for _, record in _results(out)}
-            todo = {i for i, n in lines.items() if (n - part) % parts == 0 and not done.get(i)}
-            batch = _Batch(client, out, len(todo), "q" in options)
+        _lock(out)
+        done = {record["custom_id"]: not record["error"] for _, record in _results(out)}
+        todo = {i for i, n in lines.items() if (n - part) % parts == 0 and not done.get(i)}
+        batch = _Batch(client, out, len(todo), "q" in options)
+        draft = f"{out.name}.{os.getpid()}"
+        try:
             batch.send((job for job in _jobs(source) if job[1] in todo), workers)
-            totals, failed = _finish(out)
-    _put(totals + "\n", sys.stderr)
+            totals, failed = _rewrite(out, draft)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            kept = "what was written is kept: make room and run the same command again"
+            raise OSError(f"{words[1]} cannot be written ({error.strerror}); {kept}") from None
+    failed += batch.stop.is_set()
+    hint = f"; first: {batch.problem}; the same command sends again what failed or is left"
+    _put(totals + hint * bool(batch.problem) + "\n", sys.stderr)
     return 9 if failed else 0
 
 
@@ -1859,7 +1909,12 @@ def _arguments(argv: list[str]) -> tuple[str, dict[str, Any], list[str]]:
     try:
         pairs, words = gnu_getopt(argv[bool(command) :], short, long)
     except GetoptError as error:
-        raise ConfigError(f"{error}; see --help") from None
+        hint = "see --help, and put -- before a prompt that begins with a dash"
+        raise ConfigError(f"{error}; {hint}") from None
+    needs = {dash + name for dash, name, value in known if value and name != "s"}
+    for name, value in pairs:
+        if name in needs and not value:  # an unset variable must not lift a pin or a shard
+            raise ConfigError(f"{name} has no value: is a variable empty?")
     options: dict[str, Any] = {name.lstrip("-"): value for name, value in pairs}
     options["p"] = [value for name, value in pairs if name == "-p"]
     if "help" in options:
@@ -1882,7 +1937,8 @@ def _run(argv: list[str], body: dict[str, Any]) -> int:
     folder = folders.get(sys.platform, get("XDG_CACHE_HOME") or home + "/.cache")
     cache = os.path.join(folder, "lowrouter") if os.path.isabs(folder) else None
     settings: dict[str, Any] = {"cache_dir": get("LOWROUTER_CACHE_DIR") or cache}
-    settings.update({n: float(options[n]) for n in ("timeout", "deadline") if options.get(n)})
+    limits = [name for name in ("timeout", "deadline") if name in options]
+    settings.update({name: _number(options, name, 0) for name in limits})
     settings["max_retries"] = 0 if command == "batch" else 2  # there all workers wait together
     with Client(allow_http="allow-http" in options, **settings) as client:
         if command == "batch":
@@ -1910,9 +1966,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # the reader has had enough
     except KeyboardInterrupt:
-        status, text = 130, "lowrouter: interrupted (a batch goes on with the same command)"
+        status, text = 130, "lowrouter: interrupted"
+        text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
+        text = "\n" * sys.stdout.isatty() + text
     except (LowRouterError, OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
         status, text = _exit_status(error, body), "lowrouter: " + " ".join(str(error).split())
+        text += type(error).__name__ * (not str(error))
         if "--json" in argv:
             names = ("status", "code", "generation_id", "request_id", "retry_after")
             told = {name: getattr(error, name, None) for name in names}
