@@ -71,6 +71,7 @@ _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
 _MESSAGE_LIMIT = 400  # characters of an error's message: some lines of a terminal
 _EVENT_LIMIT = 1 << 24  # bytes of a line or an event of a stream: an image in base64 fits
+_MANY_LINES = 100_000  # of one event: as short strings they take ten times their size
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
 # ---- answers: plain data -------------------------------------------------------------------------
@@ -236,7 +237,9 @@ _STATUS_ERRORS = {
 
 def _line(text: Any) -> str:
     """Foreign text, as a part of a one-line message."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    return "".join(
+        c if c.isprintable() else "?" for c in " ".join(str(text)[:_ERROR_LIMIT].split())
+    )
 
 
 _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for an event
@@ -244,12 +247,13 @@ _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for
 
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
-    text = text.strip("\ufeff \t\r\n")
+    if text[:1] in "\ufeff \t\r\n":
+        text = text.lstrip("\ufeff \t\r\n")
     try:
         value, end = _scan(text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
-    if end < len(text):
+    if text[end:].strip(" \t\r\n"):
         raise ValueError("more than one JSON value")
     return value
 
@@ -269,7 +273,7 @@ def _retry_after(value: str) -> float | None:
         if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
             return min(float(value), _FOREVER)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, IndexError):  # IndexError: before 3.10
         return None
 
 
@@ -326,12 +330,12 @@ def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any
     return {k: v for k, v in body.items() if v is not None and k not in ("timeout", "deadline")}
 
 
-def _pins(body: dict[str, Any], headers: dict[str, str]) -> dict[str, str]:
+def _pins(body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
     """The region and provider that the answer must come from; the body wins [assumption]."""
     given = {name.lower(): value for name, value in headers.items()}
     pins = {name: given.get(header.lower(), "") for name, header in _ROUTED.items()}
     pins.update(_dict(body.get("route")))
-    return {k: pins[k] for k in ("region", "provider") if pins[k] and isinstance(pins[k], str)}
+    return {name: pins[name] for name in ("region", "provider") if pins[name]}
 
 
 def _headers(netloc: str, key: str, has_body: bool, extra: dict[str, str]) -> dict[str, str]:
@@ -343,6 +347,8 @@ def _headers(netloc: str, key: str, has_body: bool, extra: dict[str, str]) -> di
 
 def _extra_headers(headers: dict[str, str]) -> dict[str, str]:
     """The caller's own headers, checked, since http.client would quote a bad one in its error."""
+    if not isinstance(headers, dict):
+        raise ConfigError(f"headers must be a dict, not {type(headers).__name__}")
     for name, value in headers.items():
         known = isinstance(name, str) and re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.A)
         plain = isinstance(value, str) and re.fullmatch(r"[\t\x20-\x7e]*", value)
@@ -387,7 +393,7 @@ def _seconds(name: str, value: Any, above: float = -_NEVER) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not above < value < _NEVER:
         raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
-    return min(float(value), _FOREVER)
+    return float(max(-_FOREVER, min(value, _FOREVER)))
 
 
 class _Key:
@@ -408,13 +414,18 @@ class _Key:
         return key
 
     def current(self) -> str:
+        # a name without a folder may be the key itself, put into the wrong variable
+        source = f"LOWROUTER_API_KEY_FILE ({self.file if os.sep in self.file else 'no path'})"
+        problem = ""
         try:
             if self.file:
                 with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                    self.value = self.check(self.file, file.read(_ERROR_LIMIT)) or self.value
+                    key = file.read(_ERROR_LIMIT)
+                self.value = self.check(source, key) or self.value
         except OSError as error:
-            if not self.value:  # else it is just being replaced, and the one we have still serves
-                raise ConfigError(f"LOWROUTER_API_KEY_FILE: {error}") from None
+            problem = str(error.strerror)
+        if problem and not self.value:  # else it is just being replaced, and ours still serves
+            raise ConfigError(f"{source} cannot be read: {problem}")
         return self.value
 
 
@@ -461,7 +472,8 @@ class _Gateway:
         except (ValueError, AttributeError):
             shape = f"like {_BASE_URL}, with a valid host and port, without user and query"
             given = _line(str(base_url).rpartition("@")[2])  # without a password
-            raise ConfigError(f"the base URL must look {shape}, not {given!r}") from None
+            given = repr(given) if "://" in given else "what was given"  # it may be the key
+            raise ConfigError(f"the base URL must look {shape}, not {given}") from None
         self.tls = parts.scheme == "https"
         self.port = port or (443 if self.tls else 80)
         loopback = self.host == "localhost" or _is_named(self.host, "127.0.0.0/8")
@@ -603,15 +615,18 @@ class _Wire(io.BufferedReader):
             if not 101 < response.status < 200:
                 return response
 
+    def stale(self) -> bool:
+        """Idle for too long; the monotonic clock alone stands still in a frozen Lambda sandbox."""
+        idle = max(time.monotonic() - self.idle_since[0], time.time() - self.idle_since[1])
+        return idle > _IDLE_SECONDS
+
     def fresh(self) -> bool:
         """Whether it can be used again: not idle for long, and nothing came, not even the end."""
-        # the monotonic clock stands still while a Lambda sandbox is frozen, the wall clock does not
-        idle = max(time.monotonic() - self.idle_since[0], time.time() - self.idle_since[1])
         self.source.clock = None
         try:
             self.peek(1)  # whatever is there, nobody asked for it
         except (BlockingIOError, ssl.SSLWantReadError):
-            return idle <= _IDLE_SECONDS
+            return not self.stale()
         except (OSError, ValueError):
             pass  # lost, or that of a parent process
         return False
@@ -646,7 +661,7 @@ class _Call(urllib.request.Request):
         for name, value in _headers(gateway.netloc, key, data is not None, extra).items():
             self.add_unredirected_header(name, value)
         self.gateway, self.key, self.idempotent = gateway, key, method in ("GET", "HEAD")
-        self.pins: dict[str, str] = {}
+        self.pins: dict[str, Any] = {}
 
     def scrub(self, value: Any) -> Any:
         """`value` without the key, for what is quoted from outside."""
@@ -654,7 +669,9 @@ class _Call(urllib.request.Request):
             return {self.scrub(name): self.scrub(each) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(map(self.scrub, value))
-        return value.replace(self.key, "[key]") if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
 
     def shown(self, body: bytearray) -> str:
         """What an error carries of a body; where that was cut, no first half of the key is left."""
@@ -675,6 +692,7 @@ class _Call(urllib.request.Request):
         reason = f"{name} {_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
+            trusted += ", by strict X.509 as Python does from 3.13" * (sys.version_info >= (3, 13))
             reason += f"; checked against {trusted}: SSL_CERT_FILE names the file of a private CA"
             return APIConnectionError(reason)
         if phase == "connect" or (phase == "response" and isinstance(cause, OSError)):
@@ -764,7 +782,8 @@ class _Call(urllib.request.Request):
 
     def abandon(self) -> None:
         """End the wait of another thread for this answer, which closing would not."""
-        self.abandoned, wire = True, self.wire
+        self.abandoned = True  # before the wire is looked at: from now on it is not given back
+        wire = self.wire
         if wire and wire.source.pid == os.getpid():  # the answer may be that of a parent process
             with contextlib.suppress(OSError):
                 wire.source.sock.shutdown(socket.SHUT_RDWR)
@@ -785,10 +804,11 @@ class _Call(urllib.request.Request):
             error.body = self.shown(body)
             raise
         if not body:
-            empty = self.response.headers.get("Content-Length") == "0"
+            # the end of the chunks was seen, too; the end of a head that was cut was not
+            empty = self.response.headers.get("Content-Length") == "0" or self.response.chunked
             if empty or self.response.status == 204 or self.get_method() == "HEAD":
                 return None
-            raise http.client.IncompleteRead(b"")  # a head that was cut looks whole, without a body
+            raise http.client.IncompleteRead(b"")
         shown = self.shown(body)
         try:
             text = body.decode("utf-8")
@@ -804,6 +824,15 @@ class _Call(urllib.request.Request):
         return data
 
 
+def _trusting(file: str | None, path: str | None) -> ssl.SSLContext:
+    try:
+        if path and not any(map(os.path.isdir, path.split(os.pathsep))):
+            raise OSError("no such folder")  # which OpenSSL would not mind
+        return ssl.create_default_context(cafile=file, capath=path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
+
+
 class _Transport(urllib.request.BaseHandler):
     """Sends calls over kept wires, last in first out, and tries again where that is safe.
 
@@ -814,7 +843,8 @@ class _Transport(urllib.request.BaseHandler):
     def __init__(self, gateway: _Gateway, max_retries: int) -> None:
         from threading import Lock  # not at the top: nobody else needs it at import
 
-        self.gateway, self.max_retries, self.lock = gateway, max_retries, Lock()
+        self.gateway, self.max_retries, self.new_lock = gateway, max_retries, Lock
+        self.locks: dict[int, Any] = {}
         self.idle: list[_Wire] = []
         self.closed = False
         self.context: ssl.SSLContext | None = None
@@ -833,6 +863,11 @@ class _Transport(urllib.request.BaseHandler):
             wire.hang_up()
         else:
             self.idle.append(wire)
+        with contextlib.suppress(IndexError):
+            while self.idle[
+                0
+            ].stale():  # the last ones in are used; the first ones may rest for ever
+                self.idle.pop(0).hang_up()
 
     def kept(self) -> _Wire | None:
         with contextlib.suppress(IndexError):
@@ -844,13 +879,9 @@ class _Transport(urllib.request.BaseHandler):
 
     def tls(self) -> ssl.SSLContext:
         """The one context of this client, made at the first call: loading the CAs takes 20 ms."""
-        file, path = self.gateway.ca_file, self.gateway.ca_path
-        with self.lock:
-            try:
-                os.stat(path or file or ".")  # OpenSSL does not mind a folder that is not there
-                self.context = self.context or ssl.create_default_context(cafile=file, capath=path)
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
+        if self.context is None:
+            with self.locks.setdefault(os.getpid(), self.new_lock()):  # a fork may copy a held one
+                self.context = self.context or _trusting(self.gateway.ca_file, self.gateway.ca_path)
         return self.context
 
     def dial(self, clock: _Clock) -> socket.socket:
@@ -873,20 +904,24 @@ class _Transport(urllib.request.BaseHandler):
         """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
         gateway, context = self.gateway, self.tls() if self.gateway.tls else None
         wire = _Wire(self.dial(clock), clock)
-        if context and gateway.proxy:
-            login = {"Proxy-Authorization": gateway.proxy[2]} if gateway.proxy[2] else {}
-            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **login})
-            answer = wire.answer("HEAD")  # whose head is all there is, too
-            if answer.status in (401, 407):
-                remedy = "put user and password into HTTPS_PROXY"
-                raise APIConnectionError(f"{gateway.name} was refused ({answer.status}): {remedy}")
-            if not 200 <= answer.status < 300:
-                raise OSError(f"the proxy answered {answer.status} {answer.reason}")
-        if context:
-            sock = wire.source.sock
-            sock.settimeout(clock.left())
-            sock = context.wrap_socket(sock, server_hostname=gateway.host)
-            wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
+        try:
+            if context and gateway.proxy:
+                login = {"Proxy-Authorization": gateway.proxy[2]} if gateway.proxy[2] else {}
+                wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **login})
+                status = wire.answer("HEAD").status  # whose head is all there is, too
+                if status in (401, 407):
+                    remedy = "put user and password into HTTPS_PROXY"
+                    raise APIConnectionError(f"{gateway.name} was refused ({status}): {remedy}")
+                if not 200 <= status < 300:
+                    raise OSError(f"the proxy answered CONNECT with {status}")
+            if context:
+                sock = wire.source.sock
+                sock.settimeout(clock.left())
+                sock = context.wrap_socket(sock, server_hostname=gateway.host)
+                wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
+        except BaseException:
+            wire.hang_up()
+            raise
         return wire
 
     def http_open(self, call: _Call) -> _Call:
@@ -899,6 +934,7 @@ class _Transport(urllib.request.BaseHandler):
                 call.close()
                 if call.sent and not call.idempotent:
                     raise
+        call.clock.enter("connect")
         return call.exchange(self.connect(call.clock))
 
     https_open = http_open
@@ -928,23 +964,22 @@ class _Transport(urllib.request.BaseHandler):
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
     """Split at LF, CR and CRLF and nowhere else, then decode, so that no character is ever cut."""
-    rest: list[bytes] = []
-    size, after_cr, codec = 0, False, "utf-8-sig"  # one BOM may lead
+    rest = bytearray()
+    after_cr, codec = False, "utf-8-sig"  # one BOM may lead
     for block in blocks:
         if after_cr and block.startswith(b"\n"):
             block = block[1:]  # the other half of a CRLF
         after_cr = block.endswith(b"\r")
         end = max(block.rfind(b"\n"), block.rfind(b"\r")) + 1
-        rest.append(block[:end] if end else block)
-        size += len(block)
+        rest += block[:end] if end else block
         if end:
-            text = b"".join(rest).decode(codec, "replace")
-            rest, size, codec = [block[end:]], len(block) - end, "utf-8"
+            text = rest.decode(codec, "replace")
+            rest, codec = bytearray(block[end:]), "utf-8"
             text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
             yield from text[:-1].split("\n")
-        elif size > _EVENT_LIMIT:
+        elif len(rest) > _EVENT_LIMIT:
             raise StreamError(f"a line of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
-    yield b"".join(rest).decode(codec, "replace")
+    yield rest.decode(codec, "replace")
 
 
 def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -954,7 +989,9 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
         name, _, value = line.partition(":")
         if name == "data":
             data.append(value[1:] if value.startswith(" ") else value)
-            size += len(value)
+            size += len(line)
+            if len(data) > _MANY_LINES:
+                data = ["\n".join(data)]
             if size > _EVENT_LIMIT:
                 raise StreamError(f"an event of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
         elif name == "event":
@@ -1005,7 +1042,7 @@ def _merge(
         elif name == "tool_calls" and isinstance(value, list):
             calls = _slot(kept, name, dict)  # by index, else by id, else the last one
             for call in value:
-                names = [call[key] for key in ("index", "id") if call.get(key) is not None]
+                names = [call[key] for key in ("index", "id") if call.get(key) not in (None, "")]
                 same = calls.get((names or list(calls)[-1:] or [0])[0], {})
                 calls.update({each: calls.get(each, same) for each in names or [0]})
                 _merge(same, call, (), depth - 1)
@@ -1028,7 +1065,7 @@ def _plain(value: Any, depth: int = 8) -> Any:
                 **value,
                 "tool_calls": list({id(call): call for call in calls.values()}.values()),
             }
-        return {name: _plain(each, depth - 1) for name, each in value.items()}
+        return {name: _plain(each, depth - 1) for name, each in list(value.items())}
     if isinstance(value, list) and depth:
         return [_plain(each, depth - 1) for each in value]
     return value
@@ -1052,8 +1089,10 @@ class _Assembly:
         if chunk.get("usage"):
             self.usage = chunk["usage"]
         if chunk.get("lowrouter"):
-            self.routed.update(chunk["lowrouter"])
-        for position, choice in enumerate(chunk.get("choices") or ()):
+            self.routed.update(_dict(chunk["lowrouter"]))
+        for position, choice in enumerate(_list(chunk.get("choices"))):
+            if not isinstance(choice, dict):
+                continue
             index = choice.get("index")
             index = index if isinstance(index, int) else position
             kept = self.choices.get(index)
@@ -1068,7 +1107,7 @@ class _Assembly:
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
-        reasons = [choice.get("finish_reason") for choice in self.choices.values()]
+        reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
         return self.done or (bool(reasons) and all(reasons) and "error" not in reasons)
 
     def completion(self) -> Completion:
@@ -1091,18 +1130,20 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             assembly.done = True
             return
         try:
-            chunk = Chunk(_dict(_loads(data)))
+            value = _loads(data)
+            chunk = Chunk(_dict(value))
             chunk.headers = assembly.headers
             if chunk.get("choices") or not chunk.get("error"):
                 assembly.add(chunk)
         except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
-            chunk = Chunk()
+            value, chunk = data.strip(), Chunk()
         if event == "error" or chunk.get("error") or assembly.failed:
-            said = _said(chunk or data)
+            places = [chunk, *map(_dict, _list(chunk.get("choices")))]
+            said = _said(next((each for each in places if each.get("error")), chunk or data))
             raise StreamError(f"the gateway failed in the stream: {_line(said['message'])}", **said)
         if chunk:
             yield chunk
-        elif data.strip() and event in ("", "message"):  # other events are not for us [assumption]
+        elif value and event in ("", "message"):  # other events are not for us [assumption]
             raise StreamError("the stream was cut, or holds what is no JSON object", body=data)
 
 
@@ -1129,7 +1170,7 @@ class _ModelCache:
     def read(self, key: str) -> tuple[float, list[dict[str, Any]]] | None:
         """The age in seconds of the wall clock and a fresh copy of the list; None for a miss."""
         path = self.path(key)
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
             if path not in self.texts and self.directory:
                 with open(path, encoding="utf-8") as file:
                     self.texts[path] = file.read(_ANSWER_LIMIT)
@@ -1158,7 +1199,8 @@ def _check_route(call: _Call, answer: _Answer) -> None:
     """A pinned region or provider is kept or it is an error; what is not named is no evidence."""
     for name, pin in call.pins.items():
         got = getattr(answer, name)
-        if isinstance(got, str) and got.strip().lower() != pin.strip().lower():
+        comparable = isinstance(got, str) and isinstance(pin, str)
+        if comparable and got.strip().lower() != pin.strip().lower():
             what = f"{call.gateway.name} answered from {name} {_line(got)}, not from {_line(pin)}"
             completion = answer if answer.get("choices") else None
             raise RouteMismatchError(
@@ -1178,6 +1220,15 @@ def _whole(call: _Call, first: bytes = b"") -> Completion:
         raise BadResponseError(f"{call.gateway.name} failed in its answer", completion=completion)
     _check_route(call, completion)
     return completion
+
+
+def _model_list(call: _Call) -> list[dict[str, Any]]:
+    """The models, which come in an envelope or as they are [assumption]."""
+    data = call.json()
+    models = _dict(data).get("data", data)
+    if not _are_models(models):
+        raise BadResponseError(f"{call.gateway.name} sent no list of models", body=data)
+    return list(models)
 
 
 def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> Iterator[Chunk]:
@@ -1216,7 +1267,8 @@ class Stream:
         _check_route(call, self.completion)
         kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
-        if kind != "text/event-stream" and first.lstrip()[:1] in (b"{", b"[", b"<", b""):
+        page = not first or first.lstrip()[:1] in (b"{", b"[", b"<")
+        if kind != "text/event-stream" and page:
             self._assembly.whole = _whole(call, first)
             chunk = Chunk(self._assembly.whole)
             chunk.headers = self.headers
@@ -1388,7 +1440,10 @@ class Client:
         if kept and kept[0] <= _CACHE_SECONDS and not refresh:
             return kept[1]
         try:
-            data = self.request("GET", "/models")  # [seed]
+            models: list[dict[str, Any]] = self._transport.send(
+                self._call({}, "GET", "/models"),  # [seed]
+                _model_list,
+            )
         except APIConnectionError as error:
             if kept is None:
                 raise
@@ -1396,9 +1451,6 @@ class Client:
                 f"using the models of {kept[0] / 60:.0f} minutes ago: {error}", stacklevel=2
             )
             return kept[1]
-        models: list[dict[str, Any]] = _dict(data).get("data", data)
-        if not _are_models(models):
-            raise BadResponseError(f"{self._gateway.name} sent no list of models", body=data)
         self._cache.write(key, models)
         return models
 
@@ -1740,7 +1792,7 @@ def _rewrite(out: Any, draft: str) -> tuple[str, int]:
     os.chmod(draft, os.stat(out.name).st_mode & 0o777)
     out.close()  # or Windows would not replace it
     os.replace(draft, out.name)
-    totals = f"{len(last)} lines, {len(last) - len(answers)} failed"
+    totals = f"{len(last)} requests, {len(last) - len(answers)} failed"
     for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*answers)):
         given = [number for number in column if isinstance(number, (int, float))]
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
