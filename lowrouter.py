@@ -42,7 +42,10 @@ import warnings
 TYPE_CHECKING = False  # true for type checkers, so that `typing` itself is never imported
 if TYPE_CHECKING:
     from email.message import Message
-    from typing import Any, Callable, Iterable, Iterator
+    from typing import Any, Callable, Iterable, Iterator, TypeVar
+
+    Json = dict[str, Any]  # an object
+    T = TypeVar("T")
 
 __version__ = "0.9.0"
 __all__ = """APIConnectionError APIStatusError APITimeoutError AuthenticationError BadResponseError
@@ -59,12 +62,12 @@ _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs 
 _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
-_NEVER = float("inf")
+_NEVER = float("inf")  # as the end of a wait: the clock has not been asked for it yet
 _FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
 _RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)  # those that pass by waiting [assumption]
-_POLL = (0.25, 1.0)  # seconds between looks for a record that is not written yet, likewise
+_POLL_SECONDS = 0.5  # between two looks for a record that is not written yet [assumption]
 _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
@@ -83,7 +86,7 @@ _ROUTED = {  # what names the route of an answer, in its `lowrouter` block or in
 }
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
 
@@ -91,9 +94,15 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _are_dicts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
 def _text(content: Any) -> str:
     """The text of a message's content, which may be a list of parts."""
-    texts = [_dict(part).get("text") for part in _list(content)] or [content]
+    if isinstance(content, str):
+        return content
+    texts = [_dict(part).get("text") for part in _list(content)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
@@ -102,7 +111,7 @@ class _Answer(dict):  # type: ignore[type-arg]
 
     headers: Message | None = None  # of the response; look-ups ignore case [docs]
 
-    def _choice(self) -> dict[str, Any]:
+    def _choice(self) -> Json:
         for choice in map(_dict, _list(self.get("choices"))):
             if choice.get("index") in (0, None):
                 return choice
@@ -113,7 +122,7 @@ class _Answer(dict):  # type: ignore[type-arg]
         return self.headers.get(_ROUTED[name]) if value is None and self.headers else value
 
     @property
-    def message(self) -> dict[str, Any]:
+    def message(self) -> Json:
         """The message, or the delta, of choice 0; {} when there is none."""
         choice = self._choice()
         return _dict(choice["delta"] if "delta" in choice else choice.get("message"))
@@ -121,8 +130,7 @@ class _Answer(dict):  # type: ignore[type-arg]
     @property
     def text(self) -> str:
         """The text of choice 0, "" when there is none."""
-        content = self.message.get("content")
-        return content if isinstance(content, str) else _text(content)
+        return _text(self.message.get("content"))
 
     # Of choice 0: what the model thought aloud, "" when not told; a list; "stop", "length", ...
     reasoning = property(
@@ -210,7 +218,9 @@ class RateLimitError(APIStatusError):
 
 
 class NoProviderError(APIStatusError):
-    """503: no provider is available; with a pinned route that is final, never relaxed [seed]."""
+    """503: no provider is available; when the route was `pinned` that is final [seed]."""
+
+    pinned: bool = False
 
 
 class BadResponseError(LowRouterError):
@@ -258,7 +268,7 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _said(body: Any) -> dict[str, Any]:
+def _said(body: Any) -> Json:
     """What an error body says; its shape is not documented [assumption]."""
     error = _dict(body).get("error") or body
     fields = {**_dict(body), **_dict(error)}
@@ -293,7 +303,7 @@ def _status_error(name: str, response: http.client.HTTPResponse, body: Any) -> A
     return error
 
 
-# ---- request: what is sent; pure, and the only room that knows paths and headers -----------------
+# ---- request: what is sent; pure: it touches neither the network nor the environment -------------
 
 _ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
 _OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
@@ -308,15 +318,13 @@ def _json_bytes(body: Any) -> bytes:
         raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
 
 
-def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any) -> dict[str, Any]:
+def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any) -> Json:
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    each = messages if isinstance(messages, list) else [messages]
-    wrong = [type(one).__name__ for one in each if not isinstance(one, dict)]
-    if wrong or each is not messages:
-        what = ", ".join(wrong) or "one dict"
-        raise ConfigError(f"messages must be a str or a list of dicts, not {what}")
+    if not _are_dicts(messages):
+        wrong = next((each for each in _list(messages) if not isinstance(each, dict)), messages)
+        raise ConfigError(f"messages must be a str or a list of dicts, not {type(wrong).__name__}")
     for name in _ELSEWHERE.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
     if options.get("stream") not in (None, stream):
@@ -330,7 +338,7 @@ def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any
     return {k: v for k, v in body.items() if v is not None and k not in ("timeout", "deadline")}
 
 
-def _pins(body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+def _pins(body: Json, headers: dict[str, str]) -> Json:
     """The region and provider that the answer must come from; the body wins [assumption]."""
     given = {name.lower(): value for name, value in headers.items()}
     pins = {name: given.get(header.lower(), "") for name, header in _ROUTED.items()}
@@ -382,7 +390,7 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
 
-# ---- settings: arguments first, then the environment; the only room that reads it, and the key ---
+# ---- settings: the key, the base URL and the proxy; arguments first, then the environment -------
 
 _VARIABLES = """LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL LOWROUTER_CACHE_DIR
 HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
@@ -400,10 +408,9 @@ class _Key:
     """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        self.value = self.check("api_key", api_key or "")
-        if not self.value:
-            self.value = self.check("LOWROUTER_API_KEY", os.environ.get("LOWROUTER_API_KEY", ""))
-        self.file = "" if self.value else os.environ.get("LOWROUTER_API_KEY_FILE", "")
+        get, name = os.environ.get, "LOWROUTER_API_KEY"
+        self.value = self.check("api_key", api_key or "") or self.check(name, get(name, ""))
+        self.file = "" if self.value else get("LOWROUTER_API_KEY_FILE", "")
         if not self.current():
             raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
 
@@ -532,7 +539,7 @@ class _Clock:
         return True
 
 
-# ---- transport: the only room that touches the network or sleeps; only our errors leave it -------
+# ---- transport: the only room that touches the network; only our errors leave it -----------------
 #
 # A `_Call` goes out over a kept `_Wire`, else over a new one: with TLS a new one costs three round
 # trips and 30 ms of CPU, a kept one a single round trip. The call owns the wire while its answer is
@@ -541,7 +548,7 @@ class _Clock:
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
-_SOUND = {
+_SOUND = {  # in each of these headers at most one value, and one that http.client gets right
     "Content-Length": "[0-9]+",
     "Transfer-Encoding": "chunked",
     "Content-Encoding": "identity",
@@ -593,19 +600,12 @@ class _Wire(io.BufferedReader):
         connection.sock, connection.debuglevel = self, 0  # a level set for all would print the key
         self.unsent: list[bytes] = []
         connection.request(method, target, body, headers)
-        rest, sock, clock = (
-            memoryview(b"".join(self.unsent[1:])),
-            self.source.sock,
-            self.source.clock,
-        )
-        block: Any = self.unsent[0] + rest[:_SEND_BLOCK]
-        while block:
+        data, sock, clock = memoryview(b"".join(self.unsent)), self.source.sock, self.source.clock
+        for start in range(0, len(data), _SEND_BLOCK):
             sock.settimeout(clock.left())
-            sock.sendall(block)
+            sock.sendall(data[start : start + _SEND_BLOCK])
             if clock.phase == "response":
                 clock.enter("response")  # a block ends a wait, the last begins that for the answer
-            rest = rest[_SEND_BLOCK:]
-            block = rest[:_SEND_BLOCK]
 
     def answer(self, method: str) -> http.client.HTTPResponse:
         """The head of the answer; waits through 102 and 103 too, where http.client skips 100."""
@@ -682,9 +682,9 @@ class _Call(urllib.request.Request):
         """Our error for a foreign one, by the phase in which it was raised."""
         clock, phase, name = self.clock, self.clock.phase, self.gateway.name
         again = self.idempotent or phase == "connect"
-        billed = "; the call may have been billed, so it is not sent again" * (
-            self.sent and not again
-        )
+        billed = ""
+        if self.sent and not again:
+            billed = "; the call may have been billed, so it is not sent again"
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if clock.end <= clock.until else phase
             reason = f"{name} took too long (time-out: {phase}){billed}"
@@ -736,7 +736,8 @@ class _Call(urllib.request.Request):
             body = bytearray()
             self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
             error = _status_error(name, self.response, self.shown(body))
-            error.retryable &= not (status == 503 and self.pins)
+            if self.pins and isinstance(error, NoProviderError):
+                error.pinned, error.retryable = True, False
             raise error
         if not 200 <= status < 300:
             target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
@@ -859,7 +860,7 @@ class _Transport(urllib.request.BaseHandler):
 
     def give_back(self, wire: _Wire, usable: bool) -> None:
         wire.idle_since = (time.monotonic(), time.time())
-        if self.closed or not usable or wire.source.pid != os.getpid():
+        if self.closed or not usable:
             wire.hang_up()
         else:
             self.idle.append(wire)
@@ -939,7 +940,7 @@ class _Transport(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def send(self, call: _Call, take: Callable[[_Call], Any]) -> Any:
+    def send(self, call: _Call, take: Callable[[_Call], T]) -> T:
         """Send the call until it is answered, and return what `take` makes of it."""
         (pause, longest), tries_left = _BACKOFF, self.max_retries
         while True:
@@ -952,8 +953,8 @@ class _Transport(urllib.request.BaseHandler):
             except _FOREIGN as cause:
                 call.close()
                 error = call.failure(cause)
-            wait = getattr(error, "retry_after", None)
-            wait = pause * random.uniform(0.75, 1) if wait is None else wait
+            told = getattr(error, "retry_after", None)
+            wait = pause * random.uniform(0.75, 1) if told is None else told
             if not tries_left or not error.retryable or not call.clock.pause(wait):
                 raise error
             tries_left, pause = tries_left - 1, min(pause * 2, longest)
@@ -1002,7 +1003,7 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
             event, data, size = "", [], 0
 
 
-# ---- assembly: events -> chunks -> completion; pure, and the only room that knows choices[].delta
+# ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
 
 _TEXTS = frozenset(("content", "reasoning", "reasoning_content", "refusal"))
 
@@ -1024,7 +1025,7 @@ class _Text:
         return "".join(self.blocks + self.pieces)
 
 
-def _slot(kept: dict[str, Any], name: str, kind: Any) -> Any:
+def _slot(kept: Json, name: str, kind: Any) -> Any:
     """The part of `kept` that grows, made when it is first needed."""
     part = kept.get(name)
     if not isinstance(part, kind):
@@ -1032,13 +1033,11 @@ def _slot(kept: dict[str, Any], name: str, kind: Any) -> Any:
     return part
 
 
-def _merge(
-    kept: dict[str, Any], piece: dict[str, Any], texts: Any = _TEXTS, depth: int = 4
-) -> None:
+def _merge(kept: Json, piece: Json, texts: Any = _TEXTS, depth: int = 4) -> None:
     """Add a delta: texts grow, lists and dicts too, of other values the last one counts."""
     for name, value in piece.items():
         if name in texts and value is not None:
-            _slot(kept, name, _Text).add(value if isinstance(value, str) else _text(value))
+            _slot(kept, name, _Text).add(_text(value))
         elif name == "tool_calls" and isinstance(value, list):
             calls = _slot(kept, name, dict)  # by index, else by id, else the last one
             for call in value:
@@ -1061,10 +1060,8 @@ def _plain(value: Any, depth: int = 8) -> Any:
     if isinstance(value, dict) and depth:
         calls = value.get("tool_calls")
         if isinstance(calls, dict):  # by index and by id, in the order of their beginning
-            value = {
-                **value,
-                "tool_calls": list({id(call): call for call in calls.values()}.values()),
-            }
+            once = {id(call): call for call in calls.values()}
+            value = {**value, "tool_calls": list(once.values())}
         return {name: _plain(each, depth - 1) for name, each in list(value.items())}
     if isinstance(value, list) and depth:
         return [_plain(each, depth - 1) for each in value]
@@ -1076,12 +1073,11 @@ class _Assembly:
 
     def __init__(self, headers: Message) -> None:
         self.headers, self.done = headers, False
-        self.fields: dict[str, Any] = {}  # what is said of the answer as a whole
-        named = _ROUTED.items()
-        self.routed = {name: headers[header] for name, header in named if header in headers}
+        self.fields: Json = {}  # what is said of the answer as a whole
+        self.routed = {n: headers[field] for n, field in _ROUTED.items() if field in headers}
         self.usage: Any = None
         self.failed = False
-        self.choices: dict[int, dict[str, Any]] = {}
+        self.choices: dict[int, Json] = {}
         self.whole: Completion | None = None  # when the gateway did not stream at all
 
     def add(self, chunk: Chunk) -> None:
@@ -1147,11 +1143,7 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             raise StreamError("the stream was cut, or holds what is no JSON object", body=data)
 
 
-# ---- model cache: the only room that writes to the disk; a bad cache is a miss, never an error ---
-
-
-def _are_models(models: Any) -> bool:
-    return isinstance(models, list) and all(isinstance(model, dict) for model in models)
+# ---- model cache: all that the library writes to disk; a bad cache is a miss, never an error -----
 
 
 class _ModelCache:
@@ -1167,7 +1159,7 @@ class _ModelCache:
         owner = hashlib.sha256(key.encode("ascii")).hexdigest()[-16:]
         return os.path.join(self.directory, f"models-{gateway}-{owner}.json")
 
-    def read(self, key: str) -> tuple[float, list[dict[str, Any]]] | None:
+    def read(self, key: str) -> tuple[float, list[Json]] | None:
         """The age in seconds of the wall clock and a fresh copy of the list; None for a miss."""
         path = self.path(key)
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
@@ -1176,11 +1168,11 @@ class _ModelCache:
                     self.texts[path] = file.read(_ANSWER_LIMIT)
             record = _loads(self.texts[path])
             age, models = time.time() - record["saved"], record["models"]
-            if age >= 0 and record["base_url"] == self.base_url and _are_models(models):
+            if age >= 0 and record["base_url"] == self.base_url and _are_dicts(models):
                 return age, models
         return None
 
-    def write(self, key: str, models: list[dict[str, Any]]) -> None:
+    def write(self, key: str, models: list[Json]) -> None:
         path, record = self.path(key), {"saved": time.time(), "base_url": self.base_url}
         self.texts[path] = json.dumps({**record, "models": models})
         with contextlib.suppress(OSError, ValueError):
@@ -1202,10 +1194,8 @@ def _check_route(call: _Call, answer: _Answer) -> None:
         comparable = isinstance(got, str) and isinstance(pin, str)
         if comparable and got.strip().lower() != pin.strip().lower():
             what = f"{call.gateway.name} answered from {name} {_line(got)}, not from {_line(pin)}"
-            completion = answer if answer.get("choices") else None
-            raise RouteMismatchError(
-                what, completion=completion, generation_id=answer.generation_id
-            )
+            whole = answer if answer.get("choices") else None
+            raise RouteMismatchError(what, completion=whole, generation_id=answer.generation_id)
 
 
 def _whole(call: _Call, first: bytes = b"") -> Completion:
@@ -1226,7 +1216,7 @@ def _model_list(call: _Call) -> list[dict[str, Any]]:
     """The models, which come in an envelope or as they are [assumption]."""
     data = call.json()
     models = _dict(data).get("data", data)
-    if not _are_models(models):
+    if not _are_dicts(models):
         raise BadResponseError(f"{call.gateway.name} sent no list of models", body=data)
     return list(models)
 
@@ -1287,7 +1277,7 @@ class Stream:
         return self.completion.generation_id
 
     def result(self) -> Completion:
-        """Read to the end and return the whole answer, StreamError when it cannot be had."""
+        """Read to the end and return the whole answer; raises as iterating does, or when closed."""
         for _ in self:
             pass
         if self._error is not None:
@@ -1336,7 +1326,7 @@ class Client:
         *,
         base_url: str | None = None,
         model: str = _MODEL,
-        route: dict[str, Any] | None = None,
+        route: Json | None = None,
         timeout: float = _TIMEOUT,
         deadline: float | None = None,
         max_retries: int = 2,
@@ -1361,9 +1351,7 @@ class Client:
         return f"Client({key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "a Client holds a key and sockets: do not pickle it, make one where it is used"
-        )
+        raise TypeError("a Client holds sockets: do not pickle it, make one where it is used")
 
     def __enter__(self) -> Client:
         return self
@@ -1379,44 +1367,40 @@ class Client:
         """Hang up the kept connections; streams that are under way go on."""
         self._transport.close()
 
-    def _clock(self, options: dict[str, Any]) -> _Clock:
+    def _clock(self, options: Json) -> _Clock:
         timeout, deadline = options.get("timeout"), options.get("deadline")
         timeout = _seconds("timeout", self._timeout if timeout is None else timeout, 0)
         deadline = self._deadline if deadline is None else deadline
         return _Clock(timeout, None if deadline is None else _seconds("deadline", deadline))
 
-    def _call(self, options: dict[str, Any], method: str, path: str, body: Any = None) -> _Call:
+    def _call(self, options: Json, method: str, path: str, body: Any = None) -> _Call:
         clock = self._clock(options)
         call = _Call(self._gateway, self._key.current(), method, path, body, self._headers)
         call.clock = clock
         return call
 
-    def _chat_call(self, messages: Any, streams: bool, options: dict[str, Any]) -> _Call:
+    def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
         body = _chat_body(messages, streams, self._model, self._route, options)
         call = self._call(options, "POST", "/chat/completions", body)  # [seed]
         call.streams, call.pins = streams, _pins(body, self._headers)
         return call
 
-    def chat(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+    def chat(self, /, messages: str | list[Json], **options: Any) -> Completion:
         """Ask, and return the whole answer; raises a `LowRouterError`.
 
         `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
         are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
         """
-        answer: Completion = self._transport.send(self._chat_call(messages, False, options), _whole)
-        return answer
+        return self._transport.send(self._chat_call(messages, False, options), _whole)
 
-    def stream(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+    def stream(self, /, messages: str | list[Json], **options: Any) -> Stream:
         """Ask as `chat()` does, and return the chunks as they come.
 
         The request is sent here, and a refusal raised; the stream raises what happens later.
         """
-        answer: Stream = self._transport.send(self._chat_call(messages, True, options), Stream)
-        return answer
+        return self._transport.send(self._chat_call(messages, True, options), Stream)
 
-    def curl(
-        self, messages: str | list[dict[str, Any]], stream: bool = False, **options: Any
-    ) -> str:
+    def curl(self, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
         body = _chat_body(messages, stream, self._model, self._route, options)
         flags = ["-N"] * stream + (["--cacert", str(self._ca_file)] if self._ca_file else [])
@@ -1426,11 +1410,10 @@ class Client:
         """Send any request below the base URL; return its JSON, None for an empty answer."""
         if not isinstance(method, str) or not re.fullmatch("[A-Za-z]+", method):
             raise ConfigError(f"method must be a word such as GET, not {method!r}")
-        return self._transport.send(
-            self._call({}, method.upper(), _any_path(path), body), _Call.json
-        )
+        call = self._call({}, method.upper(), _any_path(path), body)
+        return self._transport.send(call, _Call.json)
 
-    def models(self, refresh: bool = False) -> list[dict[str, Any]]:
+    def models(self, refresh: bool = False) -> list[Json]:
         """Return the routable models [seed], kept for an hour; only their `id` is sure.
 
         When the gateway cannot be reached, an older list is returned with a warning.
@@ -1447,27 +1430,26 @@ class Client:
         except APIConnectionError as error:
             if kept is None:
                 raise
-            warnings.warn(
-                f"using the models of {kept[0] / 60:.0f} minutes ago: {error}", stacklevel=2
-            )
+            minutes = round(kept[0] / 60)
+            warnings.warn(f"using the models of {minutes} minutes ago: {error}", stacklevel=2)
             return kept[1]
         self._cache.write(key, models)
         return models
 
-    def generation(self, generation_id: str, wait: float = 0.0) -> dict[str, Any]:
+    def generation(self, generation_id: str, wait: float = 0.0) -> Json:
         """Return the record of an answer [seed]: tokens, cost, eco numbers, routing trace.
 
-        For `wait` seconds a record that is not written yet is asked for again.
+        For `wait` seconds one that is not written yet is asked for again; then `NotFoundError`.
         """
         call = self._call({}, "GET", _generation_path(generation_id))
         patience = _Clock(_TIMEOUT, _seconds("wait", wait))
         patience.end = min(patience.end, call.clock.end)
-        for pause in itertools.chain((_POLL[0], 2 * _POLL[0]), itertools.repeat(_POLL[1])):
+        while True:
             try:
                 record = _dict(self._transport.send(call, _Call.json))
                 break
             except NotFoundError:
-                if not patience.pause(pause):
+                if not patience.pause(_POLL_SECONDS):
                     raise
         record = record if "generation_id" in record else _dict(record.get("data")) or record
         if not record:
@@ -1491,17 +1473,17 @@ def _client() -> Client:
     return client
 
 
-def chat(messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+def chat(messages: str | list[Json], **options: Any) -> Completion:
     """Ask, and return the whole answer: `Client.chat` of the shared client."""
     return _client().chat(messages, **options)
 
 
-def stream(messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+def stream(messages: str | list[Json], **options: Any) -> Stream:
     """Ask, and return the chunks as they come: `Client.stream` of the shared client."""
     return _client().stream(messages, **options)
 
 
-def curl(messages: str | list[dict[str, Any]], stream: bool = False, **options: Any) -> str:
+def curl(messages: str | list[Json], stream: bool = False, **options: Any) -> str:
     """Return the curl command of a call: `Client.curl` of the shared client."""
     return _client().curl(messages, stream, **options)
 
@@ -1511,12 +1493,12 @@ def request(method: str, path: str, body: Any = None) -> Any:
     return _client().request(method, path, body)
 
 
-def models(refresh: bool = False) -> list[dict[str, Any]]:
+def models(refresh: bool = False) -> list[Json]:
     """Return the routable models: `Client.models` of the shared client."""
     return _client().models(refresh)
 
 
-def generation(generation_id: str, wait: float = 0.0) -> dict[str, Any]:
+def generation(generation_id: str, wait: float = 0.0) -> Json:
     """Return the record of an answer: `Client.generation` of the shared client."""
     return _client().generation(generation_id, wait)
 
@@ -1618,7 +1600,7 @@ def _tree(value: Any, indent: str = "") -> Iterator[str]:
             yield f"{indent + name:<24} {_cell(each)} {_UNITS.get(name, '')}".rstrip() + "\n"
 
 
-def _table(models: list[dict[str, Any]], word: str) -> Iterator[str]:
+def _table(models: list[Json], word: str) -> Iterator[str]:
     """The models with `word` in their row, as wide as the terminal: the widest columns give way."""
     from shutil import get_terminal_size
 
@@ -1641,14 +1623,12 @@ def _table(models: list[dict[str, Any]], word: str) -> Iterator[str]:
         yield line[: max(width, widths[0])].rstrip() + "\n"
 
 
-def _exit_status(error: BaseException, body: Any) -> int:
-    """What a script sees of an error; `body` was sent."""
+def _exit_status(error: BaseException) -> int:
+    """What a script sees of an error."""
     status, part = getattr(error, "status", 0), getattr(error, "completion", None)
-    route = body.get("route")
-    pinned = isinstance(route, dict) and (route.get("region") or route.get("provider"))
     if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None):
         return 2  # also a file that cannot be opened
-    if isinstance(error, RouteMismatchError) or (pinned and status == 503):
+    if isinstance(error, RouteMismatchError) or getattr(error, "pinned", False):
         return 6
     if status:
         soon = 5 if status >= 500 or status in (408, 409, 429) else 4
@@ -1658,7 +1638,7 @@ def _exit_status(error: BaseException, body: Any) -> int:
     return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
 
 
-def _chat_request(options: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def _chat_request(options: Json, words: list[str]) -> Json:
     """The body of --body, overridden by -p, and both by the options that have a name."""
     body: Any = {}
     if options.get("body"):
@@ -1683,7 +1663,7 @@ def _chat_request(options: dict[str, Any], words: list[str]) -> dict[str, Any]:
     return {**body, "model": model, "messages": [*system, *messages], "route": route or None}
 
 
-def _chat(client: Client, options: dict[str, Any], body: dict[str, Any]) -> None:
+def _chat(client: Client, options: Json, body: Json) -> None:
     """Print the text as it comes, also what came before an error, and then what it took."""
     fields = {name: each for name, each in body.items() if name not in ("messages", "stream")}
     streams = body.get("stream") is not False and "no-stream" not in options
@@ -1698,8 +1678,8 @@ def _chat(client: Client, options: dict[str, Any], body: dict[str, Any]) -> None
             shown += len(chunk.text)
         answer = answer.result() if streams else answer
     except LowRouterError as error:
-        failure, answer = error, error.completion
-        answer = None if isinstance(error, RouteMismatchError) else answer
+        failure = error
+        answer = None if isinstance(error, RouteMismatchError) else error.completion
     if answer and "json" in options:
         _put(json.dumps(answer, ensure_ascii=False, indent=2) + "\n", sys.stdout)
     elif answer:
@@ -1715,7 +1695,7 @@ def _chat(client: Client, options: dict[str, Any], body: dict[str, Any]) -> None
         _put(_cell(told) + "\n", sys.stderr)
 
 
-def _look(client: Client, command: str, options: dict[str, Any], words: list[str]) -> None:
+def _look(client: Client, command: str, options: Json, words: list[str]) -> None:
     """What models, generation and get have in common: something is fetched and shown."""
     shown: Iterable[str] = ()
     if command == "models":
@@ -1739,7 +1719,9 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
     lines: dict[str, int] = {}
     problems = []
     for number, line in enumerate(source, 1):
-        job = _parsed(line) if line.strip() else {"messages": None}
+        if not line.strip():
+            continue
+        job = _parsed(line)
         job = job if isinstance(job, dict) else {}
         name, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
         first = lines.setdefault(str(name), number)
@@ -1747,7 +1729,7 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
             problems.append(f"line {number} has the custom_id of line {first}")
         elif not isinstance(name, str) or not isinstance(body, dict) or "messages" not in body:
             problems.append(f"line {number} is no request")
-        elif line.strip():
+        else:
             yield number, name, body
     if problems:
         told = "; ".join(problems[:9])
@@ -1780,9 +1762,10 @@ def _rewrite(out: Any, draft: str) -> tuple[str, int]:
     answers = []
     with open(draft, "xb") as file:
         for number, (line, record) in enumerate(_results(out)):
-            if last[record["custom_id"]] == number:
-                file.write(line)
-            if last[record["custom_id"]] == number and not record["error"]:
+            if last[record["custom_id"]] != number:
+                continue
+            file.write(line)
+            if not record["error"]:
                 answer = Completion(record["response"]["body"])
                 usage, eco = answer.usage or {}, answer.eco or {}
                 spent = (usage.get("total_tokens"), usage.get("cost"))
@@ -1825,7 +1808,7 @@ class _Batch:
         self.stop, self.done, self.failed, self.problem = Event(), 0, 0, ""
         self.began = self.start = time.monotonic()  # before `start` nobody sends
 
-    def ask(self, custom_id: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    def ask(self, custom_id: str, body: Json) -> Json | None:
         """Send a request and return its line for OUT, None when the batch has been stopped."""
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
         status: Any
@@ -1836,7 +1819,7 @@ class _Batch:
                 return None
             try:
                 said: Any = self.client.chat(**body)
-                request_id = said.headers and said.headers.get("X-Request-Id")
+                request_id = said.headers.get("X-Request-Id")
                 status, error = 200, None
                 break
             except (LowRouterError, TypeError) as failure:
@@ -1853,11 +1836,9 @@ class _Batch:
         return {"custom_id": custom_id, "response": response if status else None, "error": error}
 
     def write(self, record: Any) -> None:
-        """Write a result, if Ctrl-C has left one, and tell how far the batch is."""
+        """Write a result, and tell how far the batch is."""
         from shutil import get_terminal_size
 
-        if record is None:
-            return
         line = json.dumps(record, ensure_ascii=False) + "\n"
         self.out.write(line.encode("utf-8", "backslashreplace"))
         self.out.flush()
@@ -1890,7 +1871,8 @@ class _Batch:
             record = results.get(timeout=timeout)
             if record is KeyboardInterrupt:
                 raise KeyboardInterrupt
-            self.write(record)
+            if record is not None:  # Ctrl-C came before it was sent
+                self.write(record)
 
         for _ in range(workers):
             Thread(target=work, daemon=True).start()  # no exit waits for a daemon
@@ -1914,7 +1896,7 @@ class _Batch:
             signal(SIGINT, before)
 
 
-def _batch(client: Client, options: dict[str, Any], words: list[str]) -> int:
+def _batch(client: Client, options: Json, words: list[str]) -> int:
     """Send what is not done yet; 9 when lines have failed."""
     shard = re.fullmatch("([0-9]+)/([0-9]+)", options.get("shard", "1/1"))
     part, parts = map(int, shard.groups() if shard else (0, 0))
@@ -1945,7 +1927,7 @@ def _batch(client: Client, options: dict[str, Any], words: list[str]) -> int:
     return 9 if failed else 0
 
 
-def _arguments(argv: list[str]) -> tuple[str, dict[str, Any], list[str]]:
+def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
     """Command, options and words, by what the help says of them."""
     from getopt import GetoptError, gnu_getopt
 
@@ -1967,7 +1949,7 @@ def _arguments(argv: list[str]) -> tuple[str, dict[str, Any], list[str]]:
     for name, value in pairs:
         if name in needs and not value:  # an unset variable must not lift a pin or a shard
             raise ConfigError(f"{name} has no value: is a variable empty?")
-    options: dict[str, Any] = {name.lstrip("-"): value for name, value in pairs}
+    options: Json = {name.lstrip("-"): value for name, value in pairs}
     options["p"] = [value for name, value in pairs if name == "-p"]
     if "help" in options:
         return "", options, [f"usage: lowrouter {usage}\n{rest}"]
@@ -1978,8 +1960,8 @@ def _arguments(argv: list[str]) -> tuple[str, dict[str, Any], list[str]]:
     return command, options, words
 
 
-def _run(argv: list[str], body: dict[str, Any]) -> int:
-    """Run one command; what `chat` sends is put into `body`."""
+def _run(argv: list[str]) -> int:
+    """Run one command and return its exit status."""
     command, options, words = _arguments(argv)
     if not command:
         _put(words[0], sys.stdout)
@@ -1988,7 +1970,7 @@ def _run(argv: list[str], body: dict[str, Any]) -> int:
     folders = {"win32": get("LOCALAPPDATA") or "", "darwin": home + "/Library/Caches"}
     folder = folders.get(sys.platform, get("XDG_CACHE_HOME") or home + "/.cache")
     cache = os.path.join(folder, "lowrouter") if os.path.isabs(folder) else None
-    settings: dict[str, Any] = {"cache_dir": get("LOWROUTER_CACHE_DIR") or cache}
+    settings: Json = {"cache_dir": get("LOWROUTER_CACHE_DIR") or cache}
     limits = [name for name in ("timeout", "deadline") if name in options]
     settings.update({name: _number(options, name, 0) for name in limits})
     settings["max_retries"] = 0 if command == "batch" else 2  # there all workers wait together
@@ -1996,8 +1978,7 @@ def _run(argv: list[str], body: dict[str, Any]) -> int:
         if command == "batch":
             return _batch(client, options, words)
         if command == "chat":
-            body.update(_chat_request(options, words))
-            _chat(client, options, body)
+            _chat(client, options, _chat_request(options, words))
         else:
             _look(client, command, options, words)
     return 0
@@ -2005,7 +1986,6 @@ def _run(argv: list[str], body: dict[str, Any]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, that of the program by default, and return the exit status."""
-    body: dict[str, Any] = {}
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or io.StringIO())  # it was closed
@@ -2014,7 +1994,7 @@ def main(argv: list[str] | None = None) -> int:
             getattr(sys, name).reconfigure(encoding="utf-8", errors=errors, newline="\n")
     try:
         argv = [each.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for each in argv]
-        return _run(argv, body)
+        return _run(argv)
     except BrokenPipeError:
         return 0  # the reader has had enough
     except KeyboardInterrupt:
@@ -2022,7 +2002,7 @@ def main(argv: list[str] | None = None) -> int:
         text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
         text = "\n" * sys.stdout.isatty() + text
     except (LowRouterError, OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        status, text = _exit_status(error, body), "lowrouter: " + " ".join(str(error).split())
+        status, text = _exit_status(error), "lowrouter: " + " ".join(str(error).split())
         text += type(error).__name__ * (not str(error))
         if "--json" in argv:
             names = ("status", "code", "generation_id", "request_id", "retry_after")
