@@ -136,16 +136,46 @@ class _Answer(dict):  # type: ignore[type-arg]
     reasoning = property(
         lambda self: _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
     )
-    tool_calls = property(lambda self: _list(self.message.get("tool_calls")))
-    finish_reason = property(lambda self: self._choice().get("finish_reason"))
-    # Of the whole answer, None when not told: the resolved model [docs]; token counts, `cost`.
-    model = property(lambda self: self.get("model"))
-    usage = property(lambda self: _dict(self.get("usage")) or None)
-    # LowRouter's [docs]: the id is for `generation()`; eco as sent, in Wh and grams of CO2e.
-    generation_id = property(lambda self: self._routed("generation_id"))
-    provider = property(lambda self: self._routed("provider"))
-    region = property(lambda self: self._routed("region"))
-    eco = property(lambda self: _dict(_dict(self.get("lowrouter")).get("eco")) or None)
+
+    @property
+    def tool_calls(self) -> list[Any]:
+        """The tool calls of choice 0 as OpenAI's dicts, [] when there are none."""
+        return _list(self.message.get("tool_calls"))
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why choice 0 ended: "stop", "length", "tool_calls", ...; None while it goes on."""
+        return self._choice().get("finish_reason")
+
+    @property
+    def model(self) -> str | None:
+        """The model that answered: the resolved one, not the string that was sent [docs]."""
+        return self.get("model")
+
+    @property
+    def usage(self) -> Json | None:
+        """Token counts, and `cost` where it is given; None when the gateway gave no usage."""
+        return _dict(self.get("usage")) or None
+
+    @property
+    def generation_id(self) -> Any:
+        """What `generation()` looks up: an opaque str, None when not told [docs]."""
+        return self._routed("generation_id")
+
+    @property
+    def provider(self) -> Any:
+        """The id of the upstream provider: a str, None when not told [docs]."""
+        return self._routed("provider")
+
+    @property
+    def region(self) -> Any:
+        """The region that answered: a str, None when not told [docs]."""
+        return self._routed("region")
+
+    @property
+    def eco(self) -> Json | None:
+        """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None when absent [docs]."""
+        return _dict(_dict(self.get("lowrouter")).get("eco")) or None
 
 
 class Completion(_Answer):
