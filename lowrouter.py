@@ -630,10 +630,12 @@ class _Wire(io.BufferedReader):
         connection.sock, connection.debuglevel = self, 0  # a level set for all would print the key
         self.unsent: list[bytes] = []
         connection.request(method, target, body, headers)
-        data, sock, clock = memoryview(b"".join(self.unsent)), self.source.sock, self.source.clock
-        for start in range(0, len(data), _SEND_BLOCK):
+        (head, *rest), self.unsent = self.unsent, []
+        data, sock, clock = memoryview(b"".join(rest)), self.source.sock, self.source.clock
+        blocks = [data[start : start + _SEND_BLOCK] for start in range(0, len(data), _SEND_BLOCK)]
+        for block in [b"".join([head, *blocks[:1]]), *blocks[1:]]:
             sock.settimeout(clock.left())
-            sock.sendall(data[start : start + _SEND_BLOCK])
+            sock.sendall(block)
             if clock.phase == "response":
                 clock.enter("response")  # a block ends a wait, the last begins that for the answer
 
@@ -895,9 +897,8 @@ class _Transport(urllib.request.BaseHandler):
         else:
             self.idle.append(wire)
         with contextlib.suppress(IndexError):
-            while self.idle[
-                0
-            ].stale():  # the last ones in are used; the first ones may rest for ever
+            # the last ones in are used, so that the first ones may rest for ever
+            while self.idle[0].stale():
                 self.idle.pop(0).hang_up()
 
     def kept(self) -> _Wire | None:
