@@ -632,8 +632,9 @@ class _Wire(io.BufferedReader):
         connection.request(method, target, body, headers)
         (head, *rest), self.unsent = self.unsent, []
         data, sock, clock = memoryview(b"".join(rest)), self.source.sock, self.source.clock
-        blocks = [data[start : start + _SEND_BLOCK] for start in range(0, len(data), _SEND_BLOCK)]
-        for block in [b"".join([head, *blocks[:1]]), *blocks[1:]]:
+        starts = range(_SEND_BLOCK, len(data), _SEND_BLOCK)
+        later: Iterable[Any] = (data[start : start + _SEND_BLOCK] for start in starts)
+        for block in itertools.chain([head + data[:_SEND_BLOCK]], later):
             sock.settimeout(clock.left())
             sock.sendall(block)
             if clock.phase == "response":
