@@ -132,10 +132,10 @@ class _Answer(dict):  # type: ignore[type-arg]
         """The text of choice 0, "" when there is none."""
         return _text(self.message.get("content"))
 
-    # Of choice 0: what the model thought aloud, "" when not told; a list; "stop", "length", ...
-    reasoning = property(
-        lambda self: _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
-    )
+    @property
+    def reasoning(self) -> str:
+        """What the model thought aloud, "" when that is not told."""
+        return _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
 
     @property
     def tool_calls(self) -> list[Any]:
@@ -1044,17 +1044,17 @@ class _Text:
     """A text that grows: adding strings would copy it each time, and short ones take much room."""
 
     def __init__(self) -> None:
-        self.blocks: list[str] = []
-        self.pieces: list[str] = []
+        self.parts: tuple[list[str], list[str]] = ([], [])  # joined ones, and the latest pieces
 
     def add(self, piece: str) -> None:
-        self.pieces.append(piece)
-        if len(self.pieces) > 1000:
-            self.blocks.append("".join(self.pieces))
-            self.pieces.clear()
+        blocks, pieces = self.parts
+        pieces.append(piece)
+        if len(pieces) > 1000:
+            self.parts = ([*blocks, "".join(pieces)], [])  # at once, for who reads it meanwhile
 
     def whole(self) -> str:
-        return "".join(self.blocks + self.pieces)
+        blocks, pieces = self.parts
+        return "".join(blocks + pieces)
 
 
 def _slot(kept: Json, name: str, kind: Any) -> Any:
@@ -1092,7 +1092,7 @@ def _plain(value: Any, depth: int = 8) -> Any:
     if isinstance(value, dict) and depth:
         calls = value.get("tool_calls")
         if isinstance(calls, dict):  # by index and by id, in the order of their beginning
-            once = {id(call): call for call in calls.values()}
+            once = {id(call): call for call in list(calls.values())}
             value = {**value, "tool_calls": list(once.values())}
         return {name: _plain(each, depth - 1) for name, each in list(value.items())}
     if isinstance(value, list) and depth:
@@ -1432,7 +1432,7 @@ class Client:
         """
         return self._transport.send(self._chat_call(messages, True, options), Stream)
 
-    def curl(self, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
+    def curl(self, /, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
         body = _chat_body(messages, stream, self._model, self._route, options)
         flags = ["-N"] * stream + (["--cacert", str(self._ca_file)] if self._ca_file else [])

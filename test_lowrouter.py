@@ -26,6 +26,7 @@ import glob
 import gzip
 import hashlib
 import http.client as http_client
+import importlib.util
 import inspect
 import io
 import json
@@ -55,6 +56,7 @@ import tracemalloc
 import unittest
 import urllib.parse
 import urllib.request
+import warnings
 import zipfile
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -818,7 +820,7 @@ class TestPromises(unittest.TestCase):
 
     def test_it_does_not_grow_unseen(self) -> None:
         lines = self.source.splitlines()
-        self.assertLessEqual(len(lines), 2060)
+        self.assertLessEqual(len(lines), 2080)
         self.assertLessEqual(os.path.getsize(self.path), 98 * 1024)
         self.assertEqual([n for n, line in enumerate(lines, 1) if len(line) > 100], [])
         self.assertNotIn("\t", self.source)
@@ -882,7 +884,9 @@ class TestPromises(unittest.TestCase):
         for name in lowrouter.__all__:
             thing = getattr(lowrouter, name)
             bare += [] if thing.__doc__ else [name]
-            for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            classes = thing.__mro__ if inspect.isclass(thing) else ()
+            ours = [vars(each) for each in classes if each.__module__ == lowrouter.__name__]
+            for member, value in (pair for members in ours for pair in members.items()):
                 code = inspect.isfunction(value) or isinstance(value, (property, staticmethod))
                 if code and not member.startswith("_") and not inspect.getdoc(value):
                     bare.append(f"{name}.{member}")
@@ -1268,6 +1272,7 @@ class TestErrors(Played):
             ("", None),
             ("soon", None),
             ("Fri, 99 Foo 2024 99:99:99 GMT", None),
+            ("1:2:3 Jan , 20", None),  # an IndexError in email.utils before Python 3.10
             ("\u0663", None),
         ]
         client = self.client(max_retries=0)
@@ -1373,6 +1378,13 @@ class TestRequest(Played):
         self.assertEqual({name: body.get(name) for name in options}, options)
         self.assertEqual(set(body), {"model", "messages", *options})
 
+    def test_a_field_of_the_body_may_have_any_name(self) -> None:
+        odd = {"self": 1, "body": 2, "method": 3, "path": 4, "options": 5, "call": 6}
+        self.client().chat("Hi", **odd)
+        self.client().stream("Hi", **odd).close()
+        for request in self.stub.requests:
+            self.assertEqual({name: request.json[name] for name in odd}, odd)
+
     def test_the_settings_of_a_call_are_no_fields_of_the_body(self) -> None:
         body = self.sent("Hi", timeout=5, deadline=5, model=None, route=None)
         self.assertEqual(set(body), {"model", "messages"})
@@ -1411,7 +1423,7 @@ class TestRequest(Played):
             *({name: "x"} for name in ("", "a b", "a:b", "a\nb", "\xe4", "a\0")),
             *({"X-A": value} for value in ("a\nb", "a\r\n b", "\0", "\x7f", "\xe4", "\u2028")),
             *({"X-A": value} for value in (b"a", 5, None)),
-            {5: "x"},
+            *({5: "x"}, "abc", b"abc", 5, [("X-A", "x")]),
         ]
         for headers in table:
             with self.subTest(repr(headers)):
@@ -1688,15 +1700,15 @@ class TestSettings(Played):
         self.assertEqual(self.stub.connections, 0)
 
     def test_any_finite_time_will_do(self) -> None:
-        for timeout in (1e-9 + 1, 10**12, 1e300):
+        for timeout in (1e-9 + 1, 10**12, 1e300, 10**400):
             client = self.client(timeout=timeout, deadline=timeout)
             client.chat("Hi")
             with client.stream("Hi", timeout=timeout, deadline=timeout) as stream:
                 self.assertTrue(stream.result().text)
 
     def test_a_deadline_that_has_passed_is_a_timeout_at_once(self) -> None:
-        for deadline in (0, -1, -0.5, -86400):
-            with self.subTest(deadline):
+        for deadline in (0, -1, -0.5, -86400, -(10**400)):
+            with self.subTest(str(deadline)[:9]):
                 for call, options in [
                     (self.client().chat, {"deadline": deadline}),
                     (self.client().stream, {"deadline": deadline}),
@@ -1950,6 +1962,7 @@ class TestStreams(Played):
             ("event of text", b"event: error\n" + sse("overloaded"), "overloaded", None),
             ("reason", sse({"choices": [failed]}), None, None),
             ("reason of choice 1", sse({"choices": [{**failed, "index": 1}]}), None, None),
+            ("in it", sse({"choices": [{**failed, "error": said}]}), "overloaded", "upstream"),
         ]
         for name, failure, message, code in table:
             with self.subTest(name):
@@ -1981,6 +1994,13 @@ class TestStreams(Played):
                 self.assertEqual(stream.completion, answer_from())
                 self.assertEqual(stream.result(), answer_from())
                 self.assertIs(type(stream.result()), lowrouter.Completion)
+
+    def test_a_stream_under_another_type_is_a_stream_also_behind_white_space(self) -> None:
+        plain = STREAM_HEAD.replace(b"text/event-stream", b"text/plain")
+        for first in (b"\n\n", b" ", b"\r\n", b": ping\n\n"):
+            with self.subTest(first):
+                self.stub.play(plain + chunked(first, b"\n" + sse(delta("a"), delta("b", "stop"))))
+                self.assertEqual([chunk.text for chunk in self.client().stream("Hi")], ["a", "b"])
 
     def test_what_is_no_stream_is_an_error_of_the_call_itself(self) -> None:
         table = [
@@ -2079,6 +2099,16 @@ class TestStreams(Played):
                 [("a", one), ("b", two)],
             ),
             (
+                "by id, then an empty one: the last one",
+                [
+                    {"id": "a", "function": function("f", '{"x"')},
+                    {"id": "", "function": {"arguments": ":1}"}},
+                    {"id": "b", "function": function("g", "{")},
+                    {"id": "", "function": {"arguments": "}"}},
+                ],
+                [("a", one), ("b", two)],
+            ),
+            (
                 "by index, then by id alone",
                 [
                     {"index": 0, "id": "a", "function": function("f", '{"x"')},
@@ -2167,6 +2197,12 @@ class TestStreams(Played):
         self.assertEqual(stream.result().text, "a")
         self.assertEqual(stream.result()["unknown"], {"a": 1})
 
+    def test_an_event_without_news_does_not_end_a_stream(self) -> None:
+        for odd in ("{}", "null", {"lowrouter": "x"}, {"choices": [None]}, {"usage": []}):
+            with self.subTest(repr(odd)):
+                stream = self.stream(sse(delta("a"), odd, delta("b", "stop")))
+                self.assertEqual(stream.result().text, "ab")
+
     def test_events_of_any_shape_are_chunks_or_a_stream_error(self) -> None:
         table = [
             *("null", "5", '"text"', "[]", "{", "[" * 100_000, "9" * 5000, "NaN", "}"),
@@ -2219,6 +2255,26 @@ class TestStreams(Played):
         before = stream.completion
         stream.result()
         self.assertEqual((before.text, before.message["tags"]), ("a", ["x"]))
+
+    def test_another_thread_may_look_at_what_has_come(self) -> None:
+        events = [delta("a", **{f"new-{n}": n}) for n in range(2000)]
+        stream, wrong, done = self.stream(sse(*events)), [], threading.Event()
+
+        def look() -> None:
+            try:
+                while not done.is_set():
+                    self.assertRegex(stream.completion.text, r"\Aa*\Z")
+            except Exception as error:
+                wrong.append(repr(error))
+
+        reader, interval = threading.Thread(target=look), sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)  # what can come between will
+        self.addCleanup(sys.setswitchinterval, interval)
+        reader.start()
+        self.assertEqual(stream.result().text, "a" * len(events))
+        done.set()
+        reader.join(10)
+        self.assertEqual(wrong, [])
 
     def test_close_from_another_thread_ends_the_iteration_quietly(self) -> None:
         first, texts = threading.Event(), []
@@ -2498,6 +2554,7 @@ class TestModels(Played):
             json.dumps({**json.loads(good), "saved": None}),
             json.dumps({**json.loads(good), "saved": self.now + 60}),
             json.dumps({**json.loads(good), "saved": "nan"}),
+            json.dumps({**json.loads(good), "saved": 10**400}),
             json.dumps({**json.loads(good), "saved": float("nan")}),
             json.dumps({**json.loads(good), "models": {"a": 1}}),
             json.dumps({**json.loads(good), "models": [1]}),
@@ -2723,6 +2780,11 @@ class TestRequestMethod(Played):
         self.assertIsNone(client.request("DELETE", "/x"))
         self.stub.play(http(""))
         self.assertIsNone(client.request("POST", "/x"))
+        before = len(self.stub.requests)
+        for method in ("POST", "GET"):
+            self.stub.play(STREAM_HEAD.replace(b"event-stream", b"plain") + chunked())
+            self.assertIsNone(client.request(method, "/x"))
+        self.assertEqual((len(self.stub.requests) - before, self.waits), (2, []))
 
     def test_another_host_is_refused_and_nothing_is_sent(self) -> None:
         client = self.client()
@@ -3088,6 +3150,42 @@ class TestConnections(Timed):
                         client.chat("Hello")
                 self.assertEqual(stub.connections, connections)
 
+    def crowd(self, client, number):
+        """Use so many connections at once; return the stub's threads, which live as long."""
+        for stream in [client.stream("Hello") for _ in range(number)]:
+            stream.result()
+        self.assertEqual(len(self.stub.server.open), number)
+        return list(self.stub.server.open)
+
+    @staticmethod
+    def still_open(threads, number):
+        """How many of the threads live when all but `number` should have ended, 5 s at most."""
+        end, alive = time.monotonic() + 5, threads
+        while len(alive) > number and time.monotonic() < end:
+            alive[0].join(0.02)
+            alive = [each for each in alive[1:] + alive[:1] if each.is_alive()]
+        return len(alive)
+
+    def test_what_a_crowd_left_behind_is_closed_though_later_calls_need_one_only(self):
+        client, real = self.client(), time.monotonic
+        threads = self.crowd(client, 40)
+        for late in (20, 40):
+            with mock.patch("time.monotonic", lambda late=late: real() + late):
+                client.chat("Hello")
+        self.assertEqual(self.stub.connections, 40)
+        self.assertEqual(self.still_open(threads, 1), 1)
+
+    def test_a_client_that_is_dropped_closes_its_connections_without_a_word(self):
+        ignored, client = [], lowrouter.Client(KEY, base_url=self.stub.url)
+        threads = self.crowd(client, 5)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            with mock.patch("sys.unraisablehook", lambda what: ignored.append(repr(what))):
+                client = None
+                gc.collect()
+        self.assertEqual(self.still_open(threads, 0), 0)
+        self.assertEqual((list(map(str, warned)), ignored), ([], []))
+
     def test_a_lost_kept_connection_is_replaced_once_where_nothing_can_be_billed(self):
         client = self.client(max_retries=0)
         client.chat("Hello")
@@ -3142,6 +3240,42 @@ class TestConnections(Timed):
         self.assertEqual(users["parent"] & users["child"], set())
         self.assertEqual(len(users["child"]), 1)
         self.assertEqual(users["before"], users["after"])  # which the child has not harmed
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_fork_while_another_thread_loads_the_cas_does_not_hang(self):
+        script = """
+            import signal, ssl, threading, warnings
+            warnings.simplefilter("ignore")  # Python 3.12 warns of forks among threads
+            def load(**settings):
+                if threading.current_thread() is first:
+                    loading.set()
+                    go.wait(20)
+                return real(**settings)
+            def ask():
+                try:
+                    client.chat("Hello")
+                except lowrouter.APIConnectionError:
+                    return 0
+                return 1
+            real, ssl.create_default_context = ssl.create_default_context, load
+            client = lowrouter.Client(sys.argv[2], base_url=sys.argv[3], max_retries=0)
+            loading, go, first = threading.Event(), threading.Event(), threading.Thread(target=ask)
+            first.start()
+            loading.wait(20)
+            child = os.fork()
+            if not child:
+                signal.alarm(3)  # ends it when it hangs
+                os._exit(ask())
+            status = os.waitpid(child, 0)[1]
+            go.set()
+            first.join()
+            sys.exit(status and 1)
+        """
+        with Peer(lambda peer, sock: sock.recv(1000)) as peer:  # and hangs up in the handshake
+            url = f"https://127.0.0.1:{peer.port}"
+            process = run_script(self, script, KEY, url)
+            _, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (0, ""))
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_stream_that_was_forked_goes_on_in_the_parent_alone(self):
@@ -3502,6 +3636,7 @@ class TestRetries(Timed):
             ("provider", {}, {"route": {"provider": "openai"}}),
             ("client", {"route": route}, {}),
             ("header", {"headers": {"X-LowRouter-Region": "eu-west"}}, {}),
+            ("list", {}, {"route": {"provider": ["openai"]}}),
         ):
             for method in ("chat", "stream"):
                 with self.subTest(name, method=method):
@@ -3512,11 +3647,31 @@ class TestRetries(Timed):
                     )
                     self.assertEqual(tries, 1)
                     self.assertIsInstance(error, lowrouter.NoProviderError)
-                    self.assertEqual(error.retry_after, 7)
-        tries, _ = self.tries(
+                    self.assertEqual((error.retry_after, error.pinned), (7, True))
+        tries, error = self.tries(
             refusal, call=lambda client: client.chat("Hello", route={"fallback": False})
         )
-        self.assertEqual(tries, 3)  # which pins nothing
+        self.assertEqual((tries, error.pinned), (3, False))  # which pins nothing
+
+    def test_an_error_says_whether_it_is_worth_another_try(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            refused = f"http://127.0.0.1:{listener.getsockname()[1]}/api/v1"
+        no, pinned = http({"error": "no"}, "503 No"), {"route": {"region": "eu-west"}}
+        for name, steps, settings, retryable in (
+            ("429", [http("", "429 Slow")], {}, True),
+            ("429 for long", [http("", "429 Slow", retry_after="61")], {}, False),
+            ("503", [no], {}, True),
+            ("503, pinned", [no], pinned, False),
+            ("400", [http("", "400 No")], {}, False),
+            ("refused", [], {"base_url": refused}, True),
+            ("sent and lost", [CUT], {}, False),
+            ("sent and cut", [http(whole_answer())[:-4], CUT], {}, False),
+            ("sent and silent", [STALL], {"timeout": 0.05}, False),
+        ):
+            with self.subTest(name):
+                _, error = self.tries(*steps, max_retries=0, **settings)
+                self.assertIs(error.retryable, retryable)
+                self.assertIs(pickle.loads(pickle.dumps(error)).retryable, retryable)
 
     def test_what_was_not_sent_is_tried_again(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -3935,6 +4090,39 @@ class TestKey(Timed):
                     client.stream("Hello").result()
                 self.assert_key_is_hidden(all_that_shows(caught.exception))
 
+    def test_what_is_no_list_of_models_does_not_show_the_key(self):
+        for body in ({"data": KEY}, [KEY], {"data": [{KEY: 1}, KEY]}, KEY):
+            with self.subTest(type(body)):
+                self.stub.play(http(json.dumps(body)))
+                with self.assertRaises(lowrouter.BadResponseError) as caught:
+                    self.client().models()
+                self.assert_key_is_hidden(all_that_shows(caught.exception))
+
+    def test_a_key_in_json_escapes_is_hidden_in_what_does_not_parse(self):
+        key = NEVER_SHOWN + '"\\' + NEVER_SHOWN
+        for status, text in (
+            ("400 Bad", json.dumps({"error": key})[:-1]),
+            ("200 OK", json.dumps({"error": key})[:-1]),
+            ("400 Bad", "x " + json.dumps({"error": {"code": key}})),
+        ):
+            with self.subTest(status, text=text[:5]):
+                self.stub.play(http(text, status))
+                with self.assertRaises(lowrouter.LowRouterError) as caught:
+                    self.client(api_key=key).chat("Hello")
+                shown = all_that_shows(caught.exception)
+                self.assertNotIn(NEVER_SHOWN, shown)
+                self.assertIn("[key]", shown)
+
+    def test_a_key_in_the_wrong_place_is_refused_without_showing_it(self):
+        with mock.patch.dict(os.environ, LOWROUTER_API_KEY_FILE=KEY):
+            with self.assertRaisesRegex(lowrouter.ConfigError, "_API_KEY_FILE") as caught:
+                self.client(api_key=None)
+            self.assert_key_is_hidden(all_that_shows(caught.exception))
+        for url in (KEY, KEY + "\n", "Bearer " + KEY):
+            with self.assertRaisesRegex(lowrouter.ConfigError, "base URL") as caught:
+                self.client(base_url=url)
+            self.assert_key_is_hidden(all_that_shows(caught.exception))
+
     def test_errors_of_the_road_do_not_show_the_key(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -4153,6 +4341,8 @@ class TestTls(WithCertificates):
             (hashed, {}, True),
             (None, {"SSL_CERT_FILE": ca}, True),
             (None, {"SSL_CERT_DIR": hashed}, True),
+            (None, {"SSL_CERT_DIR": os.pathsep.join([empty, hashed])}, True),
+            (None, {"SSL_CERT_DIR": os.pathsep.join([hashed, empty + "/missing"])}, True),
             (None, {"REQUESTS_CA_BUNDLE": ca}, True),
             (None, {"REQUESTS_CA_BUNDLE": hashed}, True),
             (None, {"CURL_CA_BUNDLE": ca}, True),
@@ -4195,6 +4385,16 @@ class TestTls(WithCertificates):
             with self.assertRaisesRegex(lowrouter.ConfigError, re.escape(path)):
                 self.ask(stub)
         self.assertEqual((stub.connections, waits), (0, []))
+
+    def test_a_ca_file_that_vanishes_after_the_first_call_is_not_missed(self):
+        stub, path = self.gateway(), self.path("vanishes.pem")
+        shutil.copy(self.path("ca.pem"), path)
+        stub.play(http(whole_answer(), connection="close"))
+        with lowrouter.Client(KEY, base_url=stub.url, ca_file=path) as client:
+            client.chat("Hello")
+            os.remove(path)
+            self.assertEqual(client.chat("Say hello").text, "Hello!")
+        self.assertEqual(stub.handshakes, 2)
 
     def test_a_certificate_that_is_not_right_is_refused_before_any_byte_of_the_request(self):
         waits, ca = self.record_waits(), self.path("ca.pem")
@@ -4387,6 +4587,18 @@ class TestProxies(WithCertificates):
                     self.assertNotIn(secret, everything)
                 self.assertNotIn("billed", message)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "descriptors cannot be counted here")
+    def test_errors_of_a_proxy_that_are_kept_hold_no_connection(self):
+        kept, before = [], descriptors()
+        with Peer(tunnels(None, http("", "407 No"))) as proxy, self.through(proxy):
+            client = lowrouter.Client(KEY, base_url="https://gateway.test/")
+            for _ in range(10):
+                try:
+                    client.chat("Hello")
+                except lowrouter.APIConnectionError as error:
+                    kept.append(error)  # with its traceback, which assertRaises would clear
+        self.assertEqual((len(kept), descriptors()), (10, before))
+
     def test_a_proxy_that_cannot_be_reached_is_named(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
@@ -4569,6 +4781,24 @@ class TestBounds(Timed):
             self.client().stream("Hello").result()
         self.assertEqual(caught.exception.completion.text, "so far")
 
+    def test_an_event_of_many_short_lines_takes_a_few_times_its_size(self):
+        lines = chunked(b"data:ab\n" * 10000, end=False)
+        self.stub.play(STREAM_HEAD, self.flood(lines, 27), chunked(b"\n"))
+        with self.memory(11), self.assertRaises(lowrouter.StreamError):  # one by one it were 16
+            self.client().stream("Hello").result()
+
+    def test_short_lines_that_do_not_end_are_left_at_the_limit_of_an_event(self):
+        piece = chunked(b"data:\n" * 10000, end=False)
+        self.stub.play(STREAM_HEAD, self.flood(piece, 1000), CUT)  # 60 MB
+        with self.assertRaisesRegex(lowrouter.StreamError, "longer than"):
+            self.client().stream("Hello").result()
+
+    def test_a_line_that_comes_in_small_pieces_takes_little_more_than_its_size(self):
+        pieces = chunked(b"x" * 16, end=False) * 1000
+        self.stub.play(STREAM_HEAD, self.flood(pieces, 60), CUT)
+        with self.memory(2), self.assertRaises(lowrouter.StreamError):  # as pieces it were 4
+            self.client().stream("Hello").result()
+
     def test_an_answer_that_does_not_end(self):
         start = head("200 OK", "Content-Type: application/json") + b'{"x": "'
         self.stub.play(start, self.flood(b"x" * (1 << 20), 100), CUT)
@@ -4697,17 +4927,17 @@ class TestBounds(Timed):
                 pickle.loads(pickle.dumps(caught.exception))
 
     def test_a_large_answer_in_one_text_takes_little_more_than_twice_its_size(self):
-        megabytes = 10
-        self.stub.play(
-            head("200 OK", "Content-Type: application/json")
-            + b'{"choices": [{"message": {"content": "',
-            self.flood(b"x" * (1 << 20), megabytes),
-            b'"}, "finish_reason": "stop"}]}',
-            CUT,
-        )
-        client = self.client()
-        with self.memory(megabytes * 2.5 + 2):
-            self.assertEqual(len(client.chat("Hello").text), megabytes << 20)
+        megabytes, client = 10, self.client()
+        for end in (b"", b"\n", b" \r\n"):  # which servers like to send
+            self.stub.play(
+                head("200 OK", "Content-Type: application/json")
+                + b'{"choices": [{"message": {"content": "',
+                self.flood(b"x" * (1 << 20), megabytes),
+                b'"}, "finish_reason": "stop"}]}' + end,
+                CUT,
+            )
+            with self.subTest(end), self.memory(megabytes * 2.5 + 2):
+                self.assertEqual(len(client.chat("Hello").text), megabytes << 20)
 
 
 class TestThreads(Timed):
@@ -5454,6 +5684,8 @@ class TestCommandLine(_Commands):
             (6, [http(refused, "503 Oh")], ["--region", "eu-west"]),
             (6, [http(refused, "503 Oh")], ["-p", 'route={"provider": "openai"}']),
             (7, [CUT], []),
+            (7, [STREAM_HEAD, CUT], []),
+            (7, [STREAM_HEAD, chunked(b": ping\n\n", end=False), CUT], []),
             (1, [http("<html>", content_type="text/html")], []),
             (8, [STREAM_HEAD, chunked(sse(delta("partial"), done=False), end=False), CUT], []),
         )
@@ -5493,6 +5725,7 @@ class TestCommandLine(_Commands):
         self.assertIn("no/such", error["message"])
 
     def test_wrong_usage_is_one_line_and_status_2(self) -> None:
+        batch = [self.path("in.jsonl", '{"messages": [{}]}\n'), self.path("out.jsonl")]
         table = (
             [],
             ["nonsense"],
@@ -5504,7 +5737,16 @@ class TestCommandLine(_Commands):
             ["chat", "--timeout", "-1", "Hello"],
             ["chat", "--timeout", "nan", "Hello"],
             ["chat", "--body", self.path("bad.json", "[1]"), "Hello"],
+            ["chat", "--body", self.path("missing.json"), "Hello"],
+            ["chat", "--body", self.path("route.json", '{"route": "eu"}'), "Hello"],
+            ["chat", "--body", self.path("five.json", '{"messages": 5}')],
+            ["chat", "--body", self.path("fives.json", '{"messages": [5]}')],
             ["chat", "-p", "route=here", "Hello"],
+            ["chat", "--region", "", "Hello"],
+            ["chat", "--provider=", "Hello"],
+            ["batch", *batch, "--shard", ""],
+            ["batch", *batch, "--workers", ""],
+            ["batch", self.path("missing.jsonl"), self.path("out.jsonl")],
             ["generation"],
             ["generation", ".."],
             ["get"],
@@ -5516,6 +5758,14 @@ class TestCommandLine(_Commands):
                 self.assertEqual(self.run_main(*argv), 2)
                 self.assertRegex(self.err, r"\Alowrouter: .*\n\Z")
         self.assertEqual(self.stub.requests, [])
+        for word, *options in (
+            ("--timeout", "--timeout", "abc", "Hello"),
+            ("--deadline", "--deadline", "abc", "Hello"),
+            ("route must", "--body", self.path("route.json"), "Hello"),
+            ("no prompt", "--body", self.path("five.json")),
+        ):
+            self.run_main("chat", *options)
+            self.assertIn(word, self.err)
 
     def test_the_key_is_asked_for_and_never_an_argument(self) -> None:
         del os.environ["LOWROUTER_API_KEY"]
@@ -5684,8 +5934,20 @@ class TestCommandLine(_Commands):
         process = self.spawn_shell('"$0" "$@" >/dev/full', "chat", "Hello")
         self.assertEqual(self.finish(process), 1)
         self.assertRegex(self.err, r"\Alowrouter: .*No space left.*\n\Z")
-        process = self.spawn_shell('"$0" "$@" 2>/dev/full', "chat", "-m", "no/such", "Hello")
-        self.assertEqual(self.finish(process), 4)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
+    def test_a_full_stderr_does_not_change_the_status(self) -> None:
+        os.environ.pop("PYTHONUNBUFFERED", None)  # with which nothing is left for the exit
+        jobs = '{"messages": [{"role": "user"}], "model": "%s"}\n'
+        for status, *argv in (
+            (0, "chat", "-v", "Hello"),
+            (4, "chat", "-m", "no/such", "Hello"),
+            (0, "batch", self.path("1", jobs % "openai/gpt-4o"), self.path("out-1")),
+            (9, "batch", self.path("2", jobs % "no/such"), self.path("out-2")),
+        ):
+            with self.subTest(argv=argv):
+                process = self.spawn_shell('"$0" "$@" 2>/dev/full', *argv)
+                self.assertEqual(self.finish(process), status)
 
     def test_output_is_utf8_whatever_the_locale(self) -> None:
         variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -5828,9 +6090,18 @@ class TestBatch(_Commands):
             self.assertEqual(self.batch(source), 0)
             self.assertEqual(len(self.results()), 3)
         self.assertEqual(self.prompts().count("id-0"), 1)
-        for text in ("notes\n", "notes", '{"a": 1}\n', '{"custom_id": "x"}\n'):
+        foreign = (
+            {"custom_id": "id-0", "response": None, "error": None},
+            {"custom_id": ["id-0"], "response": {"body": {}}, "error": None},
+            {"custom_id": "id-0", "response": {"body": []}, "error": None},
+            {"custom_id": "id-0", "response": [], "error": None},
+        )
+        before, texts = len(self.sent()), [json.dumps(each) + "\n" for each in foreign]
+        for text in ("notes\n", "notes", '{"a": 1}\n', '{"custom_id": "x"}\n', *texts):
             self.path("out.jsonl", text)
             self.assertEqual(self.batch(source), 2)
+            self.assertRegex(self.err, r"\Alowrouter: .*out.jsonl is no file .*\n\Z")
+            self.assertEqual(len(self.sent()), before)
             with open(self.path("out.jsonl")) as file:
                 self.assertEqual(file.read(), text)
 
@@ -5866,6 +6137,64 @@ class TestBatch(_Commands):
         pinned = self.job("pinned", route={"region": "eu-west"})
         self.assertEqual(self.batch(self.lines(pinned)), 9)
         self.assertEqual(len(self.sent()), 5)
+
+    def test_a_refusal_that_all_lines_would_get_ends_the_batch(self) -> None:
+        source = self.numbered(100)
+        for status, headers in (
+            ("401 No", {}),
+            ("402 No", {}),
+            ("429 Slow", {"retry_after": "61"}),
+            ("503 No", {"retry_after": "3600"}),
+        ):
+            with self.subTest(status):
+                before = len(self.stub.requests)
+                for _ in range(100):
+                    self.stub.play(http({"error": "no more"}, status, **headers))
+                self.assertEqual(self.batch(source, "--workers", "4", "-q"), 9)
+                self.stub.script.clear()
+                self.assertLessEqual(len(self.stub.requests) - before, 8)
+                self.assertRegex(self.err, f"failed.*first: .*{status[:3]}.*same command")
+                self.assertEqual(self.err.count("\n"), 1)
+        before = len(self.stub.requests)
+        self.assertEqual(self.batch(source), 0)
+        self.assertEqual((len(self.stub.requests) - before, len(self.results())), (100, 100))
+
+    def test_a_gateway_that_comes_up_late_is_waited_for(self) -> None:
+        real, refused = socket.create_connection, [ConnectionRefusedError(111, "refused")]
+
+        def connect(*args: object) -> socket.socket:
+            if refused:
+                raise refused.pop()
+            return real(*args)
+
+        with mock.patch("socket.create_connection", connect):
+            self.assertEqual(self.batch(self.numbered(3), "--workers", "1"), 0)
+        self.assertEqual((refused, len(self.sent()), len(self.results())), ([], 3, 3))
+
+    @unittest.skipUnless(importlib.util.find_spec("fcntl"), "no locks here")
+    def test_a_second_run_on_the_same_out_is_refused(self) -> None:
+        source, second = self.numbered(3), []
+
+        def run_again(_: object) -> None:
+            process = self.spawn("batch", source, self.path("out.jsonl"))
+            second.extend([self.finish(process), self.err])
+
+        self.stub.play(run_again, http(self.answer()))
+        self.assertEqual(self.batch(source, "--workers", "1"), 0)
+        self.assertEqual((second[0], second[1].count("\n")), (2, 1))
+        self.assertIn("out.jsonl is in use", second[1])
+        self.assertEqual((len(self.sent()), len(self.results())), (3, 3))
+
+    @unittest.skipUnless(os.name == "posix", "other modes here")
+    def test_out_keeps_its_mode_and_its_neighbours(self) -> None:
+        source, out = self.numbered(2), self.path("out.jsonl")
+        self.path("out.jsonl.new", "mine")
+        self.assertEqual(self.batch(source), 0)
+        os.chmod(out, 0o604)
+        self.assertEqual(self.batch(source), 0)
+        self.assertEqual(os.stat(out).st_mode & 0o777, 0o604)
+        with open(self.path("out.jsonl.new"), encoding="utf-8") as file:
+            self.assertEqual(file.read(), "mine")
 
     def test_progress_is_a_bar_or_a_line_for_each_tenth_or_nothing(self) -> None:
         source = self.numbered(30)
@@ -6280,8 +6609,9 @@ def serve(arguments):
         arguments[:1] = []
     port = int(arguments[0].replace("--port=", "")) if arguments else 0
     with StubGateway(pace=0.05, port=port) as stub:
-        print(f"export LOWROUTER_API_KEY={KEY}\nexport LOWROUTER_BASE_URL={stub.url}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # which may come as soon as the lines are read
+            text = f"export LOWROUTER_API_KEY={KEY}\nexport LOWROUTER_BASE_URL={stub.url}"
+            print(text, flush=True)
             while True:
                 stub.thread.join(1)  # Ctrl-C does not end an endless join on Windows
     return 130
