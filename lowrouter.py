@@ -348,7 +348,7 @@ def _json_bytes(body: Any) -> bytes:
         raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
 
 
-def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any) -> Json:
+def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Any) -> Json:
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -357,11 +357,11 @@ def _chat_body(messages: Any, stream: bool, model: Any, route: Any, options: Any
         raise ConfigError(f"messages must be a str or a list of dicts, not {type(wrong).__name__}")
     for name in _ELSEWHERE.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
-    if options.get("stream") not in (None, stream):
+    if options.get("stream") not in (None, streams):
         raise TypeError("chat() does not stream: call stream(), which always does")
     given = {name: value for name, value in options.items() if value is not None}
     body = {"model": model, "messages": messages, "route": route, **given}
-    if stream:
+    if streams:
         body = {"stream_options": {"include_usage": True}, **body, "stream": True}
     if not isinstance(body["route"] or {}, dict):
         raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
@@ -569,20 +569,7 @@ class _Clock:
         return True
 
 
-# ---- transport: the only room that touches the network; only our errors leave it -----------------
-#
-# A `_Call` goes out over a kept `_Wire`, else over a new one: with TLS a new one costs three round
-# trips and 30 ms of CPU, a kept one a single round trip. The call owns the wire while its answer is
-# read; it gives it back at the end of the body, and hangs up in every other case. A wire that is
-# dropped closes itself.
-
-_FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
-_LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
-_SOUND = {  # in each of these headers at most one value, and one that http.client gets right
-    "Content-Length": "[0-9]+",
-    "Transfer-Encoding": "chunked",
-    "Content-Encoding": "identity",
-}
+# ---- wire: one connection under a clock; the only room that touches the network ------------------
 
 
 class _Socket(io.RawIOBase):
@@ -673,6 +660,72 @@ class _Wire(io.BufferedReader):
         self.source.close()
 
 
+def _trusting(file: str | None, path: str | None) -> ssl.SSLContext:
+    try:
+        if path and not any(map(os.path.isdir, path.split(os.pathsep))):
+            raise OSError("no such folder")  # which OpenSSL would not mind
+        return ssl.create_default_context(cafile=file, capath=path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
+
+
+def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
+    """Try the addresses in turn, each with its share of the time, since one may be dead."""
+    host, port, _ = gateway.proxy or (gateway.host, gateway.port, "")
+    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    clock.enter("connect")  # not before, since nothing bounds the resolver
+    failure = OSError("the name has no address")
+    for number, (*_, address) in enumerate(addresses):
+        try:
+            share = clock.left() / (len(addresses) - number)
+            sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _connect(gateway: _Gateway, context: ssl.SSLContext | None, clock: _Clock) -> _Wire:
+    """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
+    wire = _Wire(_dial(gateway, clock), clock)
+    try:
+        if context and gateway.proxy:
+            login = {"Proxy-Authorization": gateway.proxy[2]} if gateway.proxy[2] else {}
+            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **login})
+            status = wire.answer("HEAD").status  # whose head is all there is, too
+            if status in (401, 407):
+                remedy = "put user and password into HTTPS_PROXY"
+                raise APIConnectionError(f"{gateway.name} was refused ({status}): {remedy}")
+            if not 200 <= status < 300:
+                raise OSError(f"the proxy answered CONNECT with {status}")
+        if context:
+            sock = wire.source.sock
+            sock.settimeout(clock.left())
+            sock = context.wrap_socket(sock, server_hostname=gateway.host)
+            wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
+    except BaseException:
+        wire.hang_up()
+        raise
+    return wire
+
+
+# ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
+#
+# A `_Call` goes out over a kept `_Wire`, else over a new one: with TLS a new one costs three round
+# trips and 30 ms of CPU, a kept one a single round trip. The call owns the wire while its answer is
+# read; it gives it back at the end of the body, and hangs up in every other case. A wire that is
+# dropped closes itself.
+
+_FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
+_LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
+_SOUND = {  # in each of these headers at most one value, and one that http.client gets right
+    "Content-Length": "[0-9]+",
+    "Transfer-Encoding": "chunked",
+    "Content-Encoding": "identity",
+}
+
+
 class _Call(urllib.request.Request):
     """One request, and its answer while that is read."""
 
@@ -694,7 +747,7 @@ class _Call(urllib.request.Request):
         for name, value in _headers(gateway.netloc, key, data is not None, extra).items():
             self.add_unredirected_header(name, value)
         self.gateway, self.key, self.idempotent = gateway, key, method in ("GET", "HEAD")
-        self.pins: dict[str, Any] = {}
+        self.pins: Json = {}
 
     def scrub(self, value: Any) -> Any:
         """`value` without the key, for what is quoted from outside."""
@@ -858,15 +911,6 @@ class _Call(urllib.request.Request):
         return data
 
 
-def _trusting(file: str | None, path: str | None) -> ssl.SSLContext:
-    try:
-        if path and not any(map(os.path.isdir, path.split(os.pathsep))):
-            raise OSError("no such folder")  # which OpenSSL would not mind
-        return ssl.create_default_context(cafile=file, capath=path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
-
-
 class _Transport(urllib.request.BaseHandler):
     """Sends calls over kept wires, last in first out, and tries again where that is safe.
 
@@ -917,46 +961,6 @@ class _Transport(urllib.request.BaseHandler):
                 self.context = self.context or _trusting(self.gateway.ca_file, self.gateway.ca_path)
         return self.context
 
-    def dial(self, clock: _Clock) -> socket.socket:
-        """Try the addresses in turn, each with its share of the time, since one may be dead."""
-        host, port, _ = self.gateway.proxy or (self.gateway.host, self.gateway.port, "")
-        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        clock.enter("connect")  # not before, since nothing bounds the resolver
-        failure = OSError("the name has no address")
-        for number, (*_, address) in enumerate(addresses):
-            try:
-                share = clock.left() / (len(addresses) - number)
-                sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return sock
-            except OSError as error:
-                failure = error
-        raise failure
-
-    def connect(self, clock: _Clock) -> _Wire:
-        """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
-        gateway, context = self.gateway, self.tls() if self.gateway.tls else None
-        wire = _Wire(self.dial(clock), clock)
-        try:
-            if context and gateway.proxy:
-                login = {"Proxy-Authorization": gateway.proxy[2]} if gateway.proxy[2] else {}
-                wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **login})
-                status = wire.answer("HEAD").status  # whose head is all there is, too
-                if status in (401, 407):
-                    remedy = "put user and password into HTTPS_PROXY"
-                    raise APIConnectionError(f"{gateway.name} was refused ({status}): {remedy}")
-                if not 200 <= status < 300:
-                    raise OSError(f"the proxy answered CONNECT with {status}")
-            if context:
-                sock = wire.source.sock
-                sock.settimeout(clock.left())
-                sock = context.wrap_socket(sock, server_hostname=gateway.host)
-                wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
-        except BaseException:
-            wire.hang_up()
-            raise
-        return wire
-
     def http_open(self, call: _Call) -> _Call:
         """What the opener calls. A kept wire may have died: then a new one is taken, once."""
         call.give_back, wire = self.give_back, self.kept()
@@ -968,7 +972,8 @@ class _Transport(urllib.request.BaseHandler):
                 if call.sent and not call.idempotent:
                     raise
         call.clock.enter("connect")
-        return call.exchange(self.connect(call.clock))
+        context = self.tls() if self.gateway.tls else None
+        return call.exchange(_connect(self.gateway, context, call.clock))
 
     https_open = http_open
 
@@ -1199,14 +1204,14 @@ class _ModelCache:
                 with open(path, encoding="utf-8") as file:
                     self.texts[path] = file.read(_ANSWER_LIMIT)
             record = _loads(self.texts[path])
-            age, models = time.time() - record["saved"], record["models"]
-            if age >= 0 and record["base_url"] == self.base_url and _are_dicts(models):
-                return age, models
+            age, listed = time.time() - record["saved"], record["models"]
+            if age >= 0 and record["base_url"] == self.base_url and _are_dicts(listed):
+                return age, listed
         return None
 
-    def write(self, key: str, models: list[Json]) -> None:
+    def write(self, key: str, listed: list[Json]) -> None:
         path, record = self.path(key), {"saved": time.time(), "base_url": self.base_url}
-        self.texts[path] = json.dumps({**record, "models": models})
+        self.texts[path] = json.dumps({**record, "models": listed})
         with contextlib.suppress(OSError, ValueError):
             if self.directory:
                 os.makedirs(self.directory, mode=0o700, exist_ok=True)
@@ -1244,13 +1249,13 @@ def _whole(call: _Call, first: bytes = b"") -> Completion:
     return completion
 
 
-def _model_list(call: _Call) -> list[dict[str, Any]]:
+def _model_list(call: _Call) -> list[Json]:
     """The models, which come in an envelope or as they are [assumption]."""
     data = call.json()
-    models = _dict(data).get("data", data)
-    if not _are_dicts(models):
+    listed = _dict(data).get("data", data)
+    if not _are_dicts(listed):
         raise BadResponseError(f"{call.gateway.name} sent no list of models", body=data)
-    return list(models)
+    return list(listed)
 
 
 def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> Iterator[Chunk]:
@@ -1455,18 +1460,16 @@ class Client:
         if kept and kept[0] <= _CACHE_SECONDS and not refresh:
             return kept[1]
         try:
-            models: list[dict[str, Any]] = self._transport.send(
-                self._call({}, "GET", "/models"),  # [seed]
-                _model_list,
-            )
+            call = self._call({}, "GET", "/models")  # [seed]
+            listed = self._transport.send(call, _model_list)
         except APIConnectionError as error:
             if kept is None:
                 raise
             minutes = round(kept[0] / 60)
             warnings.warn(f"using the models of {minutes} minutes ago: {error}", stacklevel=2)
             return kept[1]
-        self._cache.write(key, models)
-        return models
+        self._cache.write(key, listed)
+        return listed
 
     def generation(self, generation_id: str, wait: float = 0.0) -> Json:
         """Return the record of an answer [seed]: tokens, cost, eco numbers, routing trace.
@@ -1596,7 +1599,7 @@ def _put(text: str, stream: Any) -> None:
             stream.close()
 
 
-def _number(options: dict[str, Any], name: str, default: float) -> float:
+def _number(options: Json, name: str, default: float) -> float:
     """The value of an option as a number."""
     try:
         return float(options.get(name, default))
