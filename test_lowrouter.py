@@ -6588,6 +6588,7 @@ def run_tests(names):
         (test, "not met yet") for test, _ in result.expectedFailures
     ]:
         print(f"skipped: {test}: {reason}")
+    sys.stderr.flush()  # before 3.9 it is not, in a file, and the totals are the last line
     passed, failed, skipped = result.totals()
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     return 1 if failed or not passed + skipped else 0  # no test at all is no success
