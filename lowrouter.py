@@ -48,10 +48,15 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 __version__ = "0.9.0"
-__all__ = """APIConnectionError APIStatusError APITimeoutError AuthenticationError BadResponseError
-Chunk Client Completion ConfigError InsufficientCreditsError LowRouterError NoProviderError
-NotFoundError PermissionDeniedError RateLimitError RouteMismatchError Stream StreamError
-chat curl generation main models request stream""".split()
+# fmt: off
+__all__ = [
+    "APIConnectionError", "APIStatusError", "APITimeoutError", "AuthenticationError",
+    "BadResponseError", "Chunk", "Client", "Completion", "ConfigError",
+    "InsufficientCreditsError", "LowRouterError", "NoProviderError", "NotFoundError",
+    "PermissionDeniedError", "RateLimitError", "RouteMismatchError", "Stream", "StreamError",
+    "chat", "curl", "generation", "main", "models", "request", "stream",
+]
+# fmt: on
 
 # ---- constants: every number with its unit and its reason ----------------------------------------
 
@@ -1779,6 +1784,7 @@ def _results(out: Any) -> Iterator[tuple[bytes, Any]]:
         if torn and line.startswith(b'{"custom_id"'[: len(line)]):
             out.truncate(size)
             return
+        record: Any = None
         try:
             record = json.loads(line)
             ours = isinstance(record["custom_id"], str) and not torn
@@ -1846,14 +1852,17 @@ class _Batch:
     def ask(self, custom_id: str, body: Json) -> Json | None:
         """Send a request and return its line for OUT, None when the batch has been stopped."""
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
-        status: Any
+        status: Any = None
+        request_id: Any = None
+        said: Any = None
+        error: Any = None
         for pause in _PAUSES:
             while self.start > time.monotonic() and not self.stop.is_set():
                 self.stop.wait(self.start - time.monotonic())
             if self.stop.is_set():
                 return None
             try:
-                said: Any = self.client.chat(**body)
+                said = self.client.chat(**body)
                 request_id = said.headers.get("X-Request-Id")
                 status, error = 200, None
                 break
