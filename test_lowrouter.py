@@ -6342,6 +6342,7 @@ def _shape(lines):
     return "(?s)^" + ".*".join(map(re.escape, wanted.split("..."))) + "$"
 
 
+@unittest.skipUnless(os.path.exists(os.path.join(_FOLDER, "README.md")), "no README.md beside it")
 class TestReadme(Clean):
     """What a reader copies from the README works, and what it says is so."""
 
