@@ -67,11 +67,9 @@ _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs 
 _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
-_NEVER = float("inf")  # as the end of a wait: the clock has not been asked for it yet
 _FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
-_RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)  # those that pass by waiting [assumption]
 _POLL_SECONDS = 0.5  # between two looks for a record that is not written yet [assumption]
 _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
@@ -79,7 +77,6 @@ _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
 _MESSAGE_LIMIT = 400  # characters of an error's message: some lines of a terminal
 _EVENT_LIMIT = 1 << 24  # bytes of a line or an event of a stream: an image in base64 fits
-_MANY_LINES = 100_000  # of one event: as short strings they take ten times their size
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
 # ---- answers: plain data -------------------------------------------------------------------------
@@ -91,12 +88,9 @@ _ROUTED = {  # what names the route of an answer, in its `lowrouter` block or in
 }
 
 
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _as(kind: type[T], value: Any) -> T:
+    """The value if it is of that kind, else an empty one: odd data never raises."""
+    return value if isinstance(value, kind) else kind()
 
 
 def _are_dicts(value: Any) -> bool:
@@ -107,8 +101,7 @@ def _text(content: Any) -> str:
     """The text of a message's content, which may be a list of parts."""
     if isinstance(content, str):
         return content
-    texts = [_dict(part).get("text") for part in _list(content)]
-    return "".join(text for text in texts if isinstance(text, str))
+    return "".join(_as(str, _as(dict, part).get("text")) for part in _as(list, content))
 
 
 class _Answer(dict):  # type: ignore[type-arg]
@@ -117,20 +110,20 @@ class _Answer(dict):  # type: ignore[type-arg]
     headers: Message | None = None  # of the response; look-ups ignore case [docs]
 
     def _choice(self) -> Json:
-        for choice in map(_dict, _list(self.get("choices"))):
-            if choice.get("index") in (0, None):
+        for choice in _as(list, self.get("choices")):
+            if isinstance(choice, dict) and choice.get("index") in (0, None):
                 return choice
         return {}
 
     def _routed(self, name: str) -> Any:
-        value = _dict(self.get("lowrouter")).get(name)
+        value = _as(dict, self.get("lowrouter")).get(name)
         return self.headers.get(_ROUTED[name]) if value is None and self.headers else value
 
     @property
     def message(self) -> Json:
         """The message, or the delta, of choice 0; {} when there is none."""
         choice = self._choice()
-        return _dict(choice["delta"] if "delta" in choice else choice.get("message"))
+        return _as(dict, choice["delta"] if "delta" in choice else choice.get("message"))
 
     @property
     def text(self) -> str:
@@ -145,7 +138,7 @@ class _Answer(dict):  # type: ignore[type-arg]
     @property
     def tool_calls(self) -> list[Any]:
         """The tool calls of choice 0 as OpenAI's dicts, [] when there are none."""
-        return _list(self.message.get("tool_calls"))
+        return _as(list, self.message.get("tool_calls"))
 
     @property
     def finish_reason(self) -> str | None:
@@ -160,7 +153,7 @@ class _Answer(dict):  # type: ignore[type-arg]
     @property
     def usage(self) -> Json | None:
         """Token counts, and `cost` where it is given; None when the gateway gave no usage."""
-        return _dict(self.get("usage")) or None
+        return _as(dict, self.get("usage")) or None
 
     @property
     def generation_id(self) -> Any:
@@ -180,7 +173,7 @@ class _Answer(dict):  # type: ignore[type-arg]
     @property
     def eco(self) -> Json | None:
         """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None when absent [docs]."""
-        return _dict(_dict(self.get("lowrouter")).get("eco")) or None
+        return _as(dict, _as(dict, self.get("lowrouter")).get("eco")) or None
 
 
 class Completion(_Answer):
@@ -270,7 +263,7 @@ class RouteMismatchError(LowRouterError):
     """The answer came from another region or provider than the pinned one."""
 
 
-_STATUS_ERRORS = {
+_STATUS_ERRORS = {  # the class, and what to do
     401: (AuthenticationError, "check LOWROUTER_API_KEY"),
     402: (InsufficientCreditsError, "top up the account or raise the key's limit"),
     403: (PermissionDeniedError, "the key's policy must allow this model and region"),
@@ -282,9 +275,7 @@ _STATUS_ERRORS = {
 
 def _line(text: Any) -> str:
     """Foreign text, as a part of a one-line message."""
-    return "".join(
-        c if c.isprintable() else "?" for c in " ".join(str(text)[:_ERROR_LIMIT].split())
-    )
+    return re.sub(r"[^ -~\xa1-\U0010ffff]", "?", " ".join(str(text)[:_ERROR_LIMIT].split()))
 
 
 _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for an event
@@ -292,21 +283,19 @@ _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for
 
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
-    if text[:1] in "\ufeff \t\r\n":
-        text = text.lstrip("\ufeff \t\r\n")
     try:
-        value, end = _scan(text)
+        value, end = _scan(text.lstrip(" \t\r\n"))
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
-    if text[end:].strip(" \t\r\n"):
+    if text.lstrip(" \t\r\n")[end:].strip(" \t\r\n"):
         raise ValueError("more than one JSON value")
     return value
 
 
 def _said(body: Any) -> Json:
     """What an error body says; its shape is not documented [assumption]."""
-    error = _dict(body).get("error") or body
-    fields = {**_dict(body), **_dict(error)}
+    error = _as(dict, body).get("error") or body
+    fields = {**_as(dict, body), **_as(dict, error)}
     message = error if isinstance(error, str) else fields.get("message") or fields.get("detail")
     message = re.sub(r"(?s)\A\s*<.*", "", str(message or ""))  # HTML says nothing in one line
     return {"message": message, "code": fields.get("code") or fields.get("type"), "body": body}
@@ -334,7 +323,8 @@ def _status_error(name: str, response: http.client.HTTPResponse, body: Any) -> A
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     error.generation_id = headers.get(_ROUTED["generation_id"])
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
-    error.retryable = status in _RETRY_STATUSES and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
+    passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
+    error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
 
 
@@ -343,22 +333,25 @@ def _status_error(name: str, response: http.client.HTTPResponse, body: Any) -> A
 _ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
 _OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
 transfer-encoding accept-encoding expect upgrade""".split()
+_IN_URLS = "/%:@!$&'()*+,;=~"  # what stands in a path as it is
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def _json_bytes(body: Any) -> bytes:
     try:
-        text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8")
+        return _encode(body).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
 
 
-def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Any) -> Json:
+def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Json) -> Json:
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not _are_dicts(messages):
-        wrong = next((each for each in _list(messages) if not isinstance(each, dict)), messages)
+        wrong = next((each for each in _as(list, messages) if not isinstance(each, dict)), messages)
         raise ConfigError(f"messages must be a str or a list of dicts, not {type(wrong).__name__}")
     for name in _ELSEWHERE.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
@@ -377,18 +370,11 @@ def _pins(body: Json, headers: dict[str, str]) -> Json:
     """The region and provider that the answer must come from; the body wins [assumption]."""
     given = {name.lower(): value for name, value in headers.items()}
     pins = {name: given.get(header.lower(), "") for name, header in _ROUTED.items()}
-    pins.update(_dict(body.get("route")))
+    pins.update(_as(dict, body.get("route")))
     return {name: pins[name] for name in ("region", "provider") if pins[name]}
 
 
-def _headers(netloc: str, key: str, has_body: bool, extra: dict[str, str]) -> dict[str, str]:
-    agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
-    headers = {"User-Agent": agent, "Accept": "*/*", "Accept-Encoding": "identity", **extra}
-    headers.update({"Host": netloc, "Authorization": "Bearer " + key})  # [seed]
-    return {**headers, "Content-Type": "application/json"} if has_body else headers  # [seed]
-
-
-def _extra_headers(headers: dict[str, str]) -> dict[str, str]:
+def _checked_headers(headers: Any) -> dict[str, str]:
     """The caller's own headers, checked, since http.client would quote a bad one in its error."""
     if not isinstance(headers, dict):
         raise ConfigError(f"headers must be a dict, not {type(headers).__name__}")
@@ -398,20 +384,6 @@ def _extra_headers(headers: dict[str, str]) -> dict[str, str]:
         if not known or not plain or name.lower() in _OUR_HEADERS:
             raise ConfigError(f"header {name!r} is set by the client itself, or no printable ASCII")
     return dict(headers)
-
-
-def _generation_path(generation_id: str) -> str:
-    """The id as one path segment [seed]; it is opaque, so any text will do that is not a folder."""
-    if not isinstance(generation_id, str) or generation_id in ("", ".", ".."):
-        raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
-    return "/generation/" + urllib.parse.quote(generation_id, safe="", errors="replace")
-
-
-def _any_path(path: str) -> str:
-    """A path below the base URL; what cannot stand in a URL is percent-encoded."""
-    if not isinstance(path, str) or "://" in path.partition("?")[0]:
-        raise ConfigError(f"a path below the base URL is meant, such as /providers, not {path!r}")
-    return "/" + urllib.parse.quote(path.lstrip("/"), safe="/?&=%:@!$'()*+,;~", errors="replace")
 
 
 def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
@@ -432,11 +404,11 @@ HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
 SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
 
 
-def _seconds(name: str, value: Any, above: float = -_NEVER) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not above < value < _NEVER:
-        raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
-    return float(max(-_FOREVER, min(value, _FOREVER)))
+def _checked_key(source: str, key: Any) -> str:
+    key = key.strip() if isinstance(key, str) else "\0"  # CI secrets end in a newline
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ConfigError(f"the API key from {source} must be a str of printable ASCII")
+    return str(key)
 
 
 class _Key:
@@ -444,16 +416,10 @@ class _Key:
 
     def __init__(self, api_key: str | None) -> None:
         get, name = os.environ.get, "LOWROUTER_API_KEY"
-        self.value = self.check("api_key", api_key or "") or self.check(name, get(name, ""))
+        self.value = _checked_key("api_key", api_key or "") or _checked_key(name, get(name, ""))
         self.file = "" if self.value else get("LOWROUTER_API_KEY_FILE", "")
         if not self.current():
             raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
-
-    def check(self, source: str, key: str) -> str:
-        key = key.strip() if isinstance(key, str) else "\0"  # CI secrets end in a newline
-        if not re.fullmatch(r"[!-~]*", key):
-            raise ConfigError(f"the API key from {source} must be a str of printable ASCII")
-        return key
 
     def current(self) -> str:
         # a name without a folder may be the key itself, put into the wrong variable
@@ -462,8 +428,7 @@ class _Key:
         try:
             if self.file:
                 with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                    key = file.read(_ERROR_LIMIT)
-                self.value = self.check(source, key) or self.value
+                    self.value = _checked_key(source, file.read(_ERROR_LIMIT)) or self.value
         except OSError as error:
             problem = str(error.strerror)
         if problem and not self.value:  # else it is just being replaced, and ours still serves
@@ -483,8 +448,8 @@ def _is_named(host: str, pattern: str) -> bool:
 def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, str] | None:
     """Host, port and Basic credentials of the proxy on the way to the host."""
     variables = urllib.request.getproxies_environment()
-    url, direct = variables.get(scheme, "").strip(), variables.get("no", "").lower()
-    for entry in direct.replace(",", " ").split():
+    url = variables.get(scheme, "").strip()
+    for entry in variables.get("no", "").lower().replace(",", " ").split():
         name = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port names nothing
         url = "" if _is_named(host, name.strip("[]")) else url
     if not url:
@@ -494,9 +459,8 @@ def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, str] | None:
         if parts.scheme != "http" or not re.fullmatch(r"[!-~]+", parts.hostname or ""):
             raise ValueError
         login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
-        encoded = base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
-        basic = "Basic " + encoded if "@" in parts.netloc else ""
-        return str(parts.hostname), parts.port or 80, basic
+        basic = "Basic " + base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
+        return str(parts.hostname), parts.port or 80, basic if "@" in parts.netloc else ""
     except ValueError:
         raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port") from None
 
@@ -518,50 +482,52 @@ class _Gateway:
             raise ConfigError(f"the base URL must look {shape}, not {given}") from None
         self.tls = parts.scheme == "https"
         self.port = port or (443 if self.tls else 80)
-        loopback = self.host == "localhost" or _is_named(self.host, "127.0.0.0/8")
-        loopback = loopback or _is_named(self.host, "::1")
+        loopback = any(_is_named(self.host, each) for each in ("localhost", "127.0.0.0/8", "::1"))
         if not (self.tls or allow_http or loopback):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.target, self.netloc = f"{host}:{self.port}", f"{host}:{port}" if port else host
-        path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+        path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
         self.url = f"{parts.scheme}://{self.netloc}{path}"
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
         get = os.environ.get
-        file, folder = get("SSL_CERT_FILE") or None, get("SSL_CERT_DIR") or None
-        if ca_file:
-            file, folder = os.fspath(ca_file), None
-        elif not (file or folder):
-            file = get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE") or None
-        is_folder = file is not None and os.path.isdir(file)
-        self.ca_file, self.ca_path = (None, file) if is_folder else (file, folder)
+        file, folder = get("SSL_CERT_FILE"), get("SSL_CERT_DIR")
+        if ca_file or not (file or folder):
+            file = ca_file or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
+            folder = file if file and os.path.isdir(file) else None
+        self.ca_file, self.ca_path = None if folder == file else file or None, folder or None
 
 
 # ---- clock: how long one call may still wait -----------------------------------------------------
 
 
+def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not above < value < float("inf"):
+        raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
+    return float(max(-_FOREVER, min(value, _FOREVER)))
+
+
 class _Clock:
     """The ends of a phase and of the call: a socket's own time-out starts anew with each byte."""
 
-    def __init__(self, timeout: float, deadline: float | None) -> None:
-        self.timeout = timeout
-        self.end = time.monotonic() + (_FOREVER if deadline is None else deadline)
+    def __init__(self, timeout: Any, deadline: Any) -> None:
+        self.timeout = _seconds("timeout", timeout, 0)
+        deadline = _FOREVER if deadline is None else _seconds("deadline", deadline)
+        self.end = time.monotonic() + deadline
         self.enter("connect")
 
     def enter(self, phase: str) -> None:
         """Begin to wait: "connect", "response" or "idle", which is the silence in a body."""
-        self.phase, self.until = phase, _NEVER  # until it is asked: most events have come already
+        wait = min(self.timeout, _CONNECT_SECONDS) if phase == "connect" else self.timeout
+        self.phase, self.until = phase, time.monotonic() + wait
 
     def left(self) -> float:
         """Seconds for the next wait, always above 0."""
-        now = time.monotonic()
-        if self.until == _NEVER:
-            most = _CONNECT_SECONDS if self.phase == "connect" else _FOREVER
-            self.until = now + min(self.timeout, most)
-        left = min(self.until, self.end) - now
+        left: float = min(self.until, self.end) - time.monotonic()
         if left <= 0:
             raise socket.timeout("timed out")
         return left
@@ -582,15 +548,17 @@ class _Socket(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.sock, self.pid = sock, os.getpid()
-        self.clock: Any = clock  # None: do not wait at all
+        self.clock: Any = clock  # None: there is nothing to receive
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
+        if self.clock is None:
+            return None
         if self.pid != os.getpid():
             raise OSError("a forked process cannot read what its parent has asked for")
-        self.sock.settimeout(self.clock.left() if self.clock else 0)
+        self.sock.settimeout(self.clock.left())
         return self.sock.recv_into(buffer)
 
     def close(self) -> None:
@@ -607,6 +575,7 @@ class _Wire(io.BufferedReader):
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.source = _Socket(sock, clock)
+        self.unsent: list[bytes] = []
         self.idle_since = (0.0, 0.0)  # seconds, by the monotonic and the wall clock
         super().__init__(self.source, _BLOCK)
 
@@ -614,21 +583,19 @@ class _Wire(io.BufferedReader):
         return self
 
     def sendall(self, data: bytes) -> None:
-        self.unsent.append(data)
+        self.unsent.append(data)  # head and body leave together: apart, one waits for the other
 
     def ask(self, method: str, target: str, body: Any, headers: dict[str, str]) -> None:
-        """Send a request, head and body together: apart, one waits for the other's receipt."""
+        """Send a request, of which http.client writes the head."""
         connection: Any = http.client.HTTPConnection("unused")
         connection.sock, connection.debuglevel = self, 0  # a level set for all would print the key
-        self.unsent: list[bytes] = []
+        self.unsent = []
         connection.request(method, target, body, headers)
-        (head, *rest), self.unsent = self.unsent, []
-        data, sock, clock = memoryview(b"".join(rest)), self.source.sock, self.source.clock
-        starts = range(_SEND_BLOCK, len(data), _SEND_BLOCK)
-        later: Iterable[Any] = (data[start : start + _SEND_BLOCK] for start in starts)
-        for block in itertools.chain([head + data[:_SEND_BLOCK]], later):
+        data, self.unsent = memoryview(b"".join(self.unsent)), []
+        sock, clock = self.source.sock, self.source.clock
+        for start in range(0, len(data), _SEND_BLOCK):
             sock.settimeout(clock.left())
-            sock.sendall(block)
+            sock.sendall(data[start : start + _SEND_BLOCK])
             if clock.phase == "response":
                 clock.enter("response")  # a block ends a wait, the last begins that for the answer
 
@@ -647,13 +614,17 @@ class _Wire(io.BufferedReader):
 
     def fresh(self) -> bool:
         """Whether it can be used again: not idle for long, and nothing came, not even the end."""
-        self.source.clock = None
+        source, sock = self.source, self.source.sock
+        source.clock = None
         try:
-            self.peek(1)  # whatever is there, nobody asked for it
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return not self.stale()
+            if self.peek(1) or self.stale() or source.pid != os.getpid():
+                return False  # what is left of the last answer nobody asked for
+            sock.settimeout(0)
+            socket.socket.recv(sock, 1, socket.MSG_PEEK)  # below TLS, which takes 20 us to look
+        except BlockingIOError:
+            return not getattr(sock, "pending", int)()
         except (OSError, ValueError):
-            pass  # lost, or that of a parent process
+            pass  # lost, or closed
         return False
 
     def close(self) -> None:
@@ -719,63 +690,62 @@ def _connect(gateway: _Gateway, context: ssl.SSLContext | None, clock: _Clock) -
 #
 # A `_Call` goes out over a kept `_Wire`, else over a new one: with TLS a new one costs three round
 # trips and 30 ms of CPU, a kept one a single round trip. The call owns the wire while its answer is
-# read; it gives it back at the end of the body, and hangs up in every other case. A wire that is
-# dropped closes itself.
+# read; it gives it back at the end of the body, and hangs up in every other case.
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
 _SOUND = {  # in each of these headers at most one value, and one that http.client gets right
-    "Content-Length": "[0-9]+",
-    "Transfer-Encoding": "chunked",
-    "Content-Encoding": "identity",
+    "content-length": "[0-9]+",
+    "transfer-encoding": "chunked",
+    "content-encoding": "identity",
 }
 
 
 class _Call(urllib.request.Request):
     """One request, and its answer while that is read."""
 
-    clock: _Clock
     response: http.client.HTTPResponse
     give_back: Callable[[_Wire, bool], None]
     wire: _Wire | None = None  # as long as the call owns it
     streams = sent = abandoned = False
 
     def __init__(
-        self, gateway: _Gateway, key: str, method: str, path: str, body: Any, extra: dict[str, str]
+        self, gateway: _Gateway, clock: _Clock, key: str, extra: dict[str, str], *to_send: Any
     ) -> None:
+        method, path, body = to_send
         data = None if body is None else _json_bytes(body)
         super().__init__(gateway.url + path, data, method=method)
+        agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
+        self.head = {"User-Agent": agent, "Accept-Encoding": "identity", **extra}
+        self.head.update({"Host": gateway.netloc, "Authorization": "Bearer " + key})  # [seed]
+        if data is not None:
+            self.head["Content-Type"] = "application/json"  # [seed]
         if gateway.proxy and not gateway.tls:
             host, port, login = gateway.proxy
             self.set_proxy(f"{host}:{port}", "http")
-            extra = {**extra, "Proxy-Authorization": login} if login else extra
-        for name, value in _headers(gateway.netloc, key, data is not None, extra).items():
-            self.add_unredirected_header(name, value)
-        self.gateway, self.key, self.idempotent = gateway, key, method in ("GET", "HEAD")
+            self.head.update({"Proxy-Authorization": login} if login else {})
+        self.gateway, self.clock, self.key = gateway, clock, key
+        self.idempotent = method in ("GET", "HEAD")
         self.pins: Json = {}
+        self.received = bytearray()  # of a body that is read as a whole
 
     def scrub(self, value: Any) -> Any:
-        """`value` without the key, for what is quoted from outside."""
-        if isinstance(value, dict):
-            return {self.scrub(name): self.scrub(each) for name, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.scrub, value))
-        if not isinstance(value, str):
-            return value
-        return value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
+        """JSON or text from outside without the key, as it is and as it is written in JSON."""
+        for key in (self.key, json.dumps(self.key)[1:-1]):
+            value = json.loads(json.dumps(value).replace(json.dumps(key)[1:-1], "[key]"))
+        return value
 
-    def shown(self, body: bytearray) -> str:
+    def shown(self) -> str:
         """What an error carries of a body; where that was cut, no first half of the key is left."""
-        text: str = self.scrub(body[:_ERROR_LIMIT].decode("utf-8", "replace"))
+        text: str = self.scrub(self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace"))
         return text[: _ERROR_LIMIT - len(self.key)]
 
     def translated(self, cause: Exception) -> LowRouterError:
         """Our error for a foreign one, by the phase in which it was raised."""
         clock, phase, name = self.clock, self.clock.phase, self.gateway.name
         again = self.idempotent or phase == "connect"
-        billed = ""
-        if self.sent and not again:
-            billed = "; the call may have been billed, so it is not sent again"
+        billed = "; the call may have been billed, so it is not sent again"
+        billed = "" if again or not self.sent else billed
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if clock.end <= clock.until else phase
             reason = f"{name} took too long (time-out: {phase}){billed}"
@@ -792,14 +762,16 @@ class _Call(urllib.request.Request):
         return kind(reason, retryable=again)
 
     def failure(self, cause: Exception) -> LowRouterError:
-        """Our error for whatever was raised, short and without the key in it."""
+        """Our error for whatever was raised: short, with what has come, and without the key."""
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
-        answer, error.completion = error.completion, None  # the caller's, left as it came
-        error.args = tuple(self.scrub(str(each))[:_MESSAGE_LIMIT] for each in error.args)
+        told = {"body": self.shown() or None, **vars(error)}
+        plain = {name: told.pop(name) for name in ("completion", "headers") if name in told}
         try:
-            vars(error).update(self.scrub(vars(error)), completion=answer)
+            told = self.scrub(told)
         except RecursionError:
-            vars(error).update(body=None, message=None, completion=answer)  # nested without end
+            told.update(body=None, message=None)  # nested without end
+        vars(error).update(told, **plain)
+        error.args = (self.scrub(str(error))[:_MESSAGE_LIMIT],)
         error.__context__ = None
         return error
 
@@ -808,9 +780,11 @@ class _Call(urllib.request.Request):
         self.wire, self.sent, wire.source.clock = wire, False, self.clock
         self.clock.enter("response")
         # who closes before it has read all may have said why, 413 say: the answer decides
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            wire.ask(self.get_method(), self.selector, self.data, dict(self.header_items()))
+        try:
+            wire.ask(self.get_method(), self.selector, self.data, self.head)
             self.sent = True
+        except (ConnectionError, ssl.SSLError):
+            pass
         self.response = wire.answer(self.get_method())
         headers = self.response.headers
         if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
@@ -824,9 +798,8 @@ class _Call(urllib.request.Request):
         """Raise unless the gateway said yes, in the coding that was asked for."""
         status, headers, name = self.response.status, self.response.headers, self.gateway.name
         if status >= 400:
-            body = bytearray()
-            self.within(_ERROR_SECONDS, lambda: self.fill(body, _ERROR_LIMIT))
-            error = _status_error(name, self.response, self.shown(body))
+            self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
+            error = _status_error(name, self.response, self.shown())
             if self.pins and isinstance(error, NoProviderError):
                 error.pinned, error.retryable = True, False
             raise error
@@ -835,24 +808,20 @@ class _Call(urllib.request.Request):
             host = _line(target[1].rpartition("@")[2]) if target else "another path"
             reason = "the key is sent to the gateway only: check the base URL"
             raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
-        for field, sound in _SOUND.items():
-            values = {value.strip().lower() for value in headers.get_all(field, [])}
-            if len(values) > 1 or not all(re.fullmatch(sound, value) for value in values):
-                what = f"a bad {field.lower()}, not what was asked for"
+        for field in _SOUND.keys() & map(str.lower, headers):
+            values = {value.strip().lower() for value in headers.get_all(field, ())}
+            if len(values) > 1 or not re.fullmatch(_SOUND[field], values.pop()):
+                what = f"a bad {field}, not what was asked for"
                 raise BadResponseError(f"{name} sent {what}: a proxy may have done it")
 
     def read(self) -> bytes:
         """Return bytes as soon as there are some, and b"" at the true end of the body."""
         response = self.response
-        try:
-            block = response.read1(_BLOCK)  # read(n) would wait for n bytes
-            # http.client takes a body short of its length for whole, and -5 for the size of a chunk
-            negative = response.chunked and (response.chunk_left or 0) < 0
-            if negative or (response.length and not block):
-                raise http.client.IncompleteRead(b"")
-        except _FOREIGN as cause:
-            self.close()
-            raise self.translated(cause) from None
+        block = response.read1(_BLOCK)  # read(n) would wait for n bytes
+        # http.client takes a body short of its length for whole, and -5 for the size of a chunk
+        negative = response.chunked and (response.chunk_left or 0) < 0
+        if negative or (response.length and not block):
+            raise http.client.IncompleteRead(b"")
         if not block and self.wire:
             response.close()  # before 3.13 a body that was read by read1 never counts as closed
             wire, self.wire = self.wire, None
@@ -864,12 +833,12 @@ class _Call(urllib.request.Request):
         if self.wire:
             self.wire.hang_up()
 
-    def fill(self, body: bytearray, limit: int) -> None:
-        """Read the body to its end into `body`; any byte ends a silence."""
+    def fill(self, limit: int) -> None:
+        """Read the body to its end; any byte ends a silence."""
         for block in iter(self.read, b""):
             self.clock.enter("idle")
-            body += block
-            if len(body) > limit:
+            self.received += block
+            if len(self.received) > limit:
                 raise BadResponseError(f"{self.gateway.name} sent more than {limit >> 10} KiB")
 
     def abandon(self) -> None:
@@ -883,40 +852,36 @@ class _Call(urllib.request.Request):
     def within(self, seconds: float, read: Callable[[], Any]) -> None:
         """Read what is no news any more, for some seconds."""
         end, self.clock.end = self.clock.end, min(self.clock.end, time.monotonic() + seconds)
-        with contextlib.suppress(LowRouterError):
+        with contextlib.suppress(*_FOREIGN):
             read()
         self.clock.end = end
 
     def json(self, first: bytes = b"") -> Any:
         """The body, of which `first` was read already, as JSON; None where there is none (204)."""
-        body, name = bytearray(first), self.gateway.name
-        try:
-            self.fill(body, _ANSWER_LIMIT)
-        except LowRouterError as error:
-            error.body = self.shown(body)
-            raise
-        if not body:
+        self.received += first
+        self.fill(_ANSWER_LIMIT)
+        if not self.received:
             # the end of the chunks was seen, too; the end of a head that was cut was not
             empty = self.response.headers.get("Content-Length") == "0" or self.response.chunked
             if empty or self.response.status == 204 or self.get_method() == "HEAD":
                 return None
             raise http.client.IncompleteRead(b"")
-        shown = self.shown(body)
         try:
-            text = body.decode("utf-8")
-            body.clear()  # an answer of 50 MB is in memory twice, not three times
+            text = self.received.decode("utf-8-sig")
+            del self.received[_ERROR_LIMIT:]  # 50 MB are in memory twice, not three times
             data = _loads(text)
         except ValueError:
-            html = shown.lstrip().startswith("<")
+            html = self.received.lstrip().startswith(b"<")
             what = "HTML: a proxy answered, not LowRouter" if html else "no JSON"
-            raise BadResponseError(f"{name} sent {what}", body=shown) from None
-        if "generation_id" not in _dict(data) and _dict(data).get("error"):
+            raise BadResponseError(f"{self.gateway.name} sent {what}") from None
+        self.received.clear()
+        if "generation_id" not in _as(dict, data) and _as(dict, data).get("error"):
             said = _said(data)
-            raise BadResponseError(f"{name} failed: {_line(said['message'])}", **said)
+            raise BadResponseError(f"{self.gateway.name} failed: {_line(said['message'])}", **said)
         return data
 
 
-class _Transport(urllib.request.BaseHandler):
+class _Transport:
     """Sends calls over kept wires, last in first out, and tries again where that is safe.
 
     `list.append` and `list.pop` need no lock. A wire belongs to the process that made it: a forked
@@ -931,8 +896,6 @@ class _Transport(urllib.request.BaseHandler):
         self.idle: list[_Wire] = []
         self.closed = False
         self.context: ssl.SSLContext | None = None
-        self.opener = urllib.request.OpenerDirector()  # without any handler but this one
-        self.opener.add_handler(self)
 
     def close(self) -> None:
         """Hang up what is idle; what is in use follows when it is given back."""
@@ -952,11 +915,14 @@ class _Transport(urllib.request.BaseHandler):
                 self.idle.pop(0).hang_up()
 
     def kept(self) -> _Wire | None:
-        with contextlib.suppress(IndexError):
-            while True:
+        while self.idle:
+            try:
                 wire = self.idle.pop()
-                if wire.fresh():  # else it is dropped
-                    return wire
+            except IndexError:  # another thread was quicker
+                break
+            if wire.fresh():
+                return wire
+            wire.hang_up()
         return None
 
     def tls(self) -> ssl.SSLContext:
@@ -966,8 +932,10 @@ class _Transport(urllib.request.BaseHandler):
                 self.context = self.context or _trusting(self.gateway.ca_file, self.gateway.ca_path)
         return self.context
 
-    def http_open(self, call: _Call) -> _Call:
-        """What the opener calls. A kept wire may have died: then a new one is taken, once."""
+    def open(self, call: _Call) -> _Call:
+        """Send over a kept wire; that may have died: then a new one is taken, once."""
+        call.clock.enter("connect")
+        call.clock.left()
         call.give_back, wire = self.give_back, self.kept()
         if wire:
             try:
@@ -980,17 +948,13 @@ class _Transport(urllib.request.BaseHandler):
         context = self.tls() if self.gateway.tls else None
         return call.exchange(_connect(self.gateway, context, call.clock))
 
-    https_open = http_open
-
     def send(self, call: _Call, take: Callable[[_Call], T]) -> T:
         """Send the call until it is answered, and return what `take` makes of it."""
         (pause, longest), tries_left = _BACKOFF, self.max_retries
         while True:
             try:
-                call.clock.enter("connect")
-                call.clock.left()
-                self.opener.open(call)
-                call.check()
+                call.received.clear()
+                self.open(call).check()
                 return take(call)
             except _FOREIGN as cause:
                 call.close()
@@ -1027,83 +991,56 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
 
 def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield (event, data) where there is data; an unfinished last event counts too [assumption]."""
-    event, data, size = "", [], 0
+    event = data = ""
     for line in itertools.chain(lines, [""]):
         name, _, value = line.partition(":")
         if name == "data":
-            data.append(value[1:] if value.startswith(" ") else value)
-            size += len(line)
-            if len(data) > _MANY_LINES:
-                data = ["\n".join(data)]
-            if size > _EVENT_LIMIT:
+            data += value[1:] if value.startswith(" ") else value
+            data += "\n"
+            if len(data) > _EVENT_LIMIT:
                 raise StreamError(f"an event of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
         elif name == "event":
             event = value.strip()
         elif not line:
             if data:
-                yield event, "\n".join(data)
-            event, data, size = "", [], 0
+                yield event, data[:-1]
+            event = data = ""
 
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
 
-_TEXTS = frozenset(("content", "reasoning", "reasoning_content", "refusal"))
+_GROWING = frozenset(("content", "reasoning", "reasoning_content", "refusal", "arguments"))
 
 
-class _Text:
-    """A text that grows: adding strings would copy it each time, and short ones take much room."""
-
-    def __init__(self) -> None:
-        self.parts: tuple[list[str], list[str]] = ([], [])  # joined ones, and the latest pieces
-
-    def add(self, piece: str) -> None:
-        blocks, pieces = self.parts
-        pieces.append(piece)
-        if len(pieces) > 1000:
-            self.parts = ([*blocks, "".join(pieces)], [])  # at once, for who reads it meanwhile
-
-    def whole(self) -> str:
-        blocks, pieces = self.parts
-        return "".join(blocks + pieces)
-
-
-def _slot(kept: Json, name: str, kind: Any) -> Any:
-    """The part of `kept` that grows, made when it is first needed."""
-    part = kept.get(name)
-    if not isinstance(part, kind):
-        part = kept[name] = kind()
-    return part
-
-
-def _merge(kept: Json, piece: Json, texts: Any = _TEXTS, depth: int = 4) -> None:
-    """Add a delta: texts grow, lists and dicts too, of other values the last one counts."""
+def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
+    """Add a delta: texts, lists and dicts grow, of other values the last one counts."""
     for name, value in piece.items():
-        if name in texts and value is not None:
-            _slot(kept, name, _Text).add(_text(value))
+        before = kept.get(name)
+        if isinstance(before, bytearray):
+            before += _text(value).encode("utf-8", "surrogatepass")
+        elif name in _GROWING and isinstance(value, str):
+            kept[name] = bytearray(value, "utf-8", "surrogatepass")  # which grows in its place
         elif name == "tool_calls" and isinstance(value, list):
-            calls = _slot(kept, name, dict)  # by index, else by id, else the last one
-            for call in value:
-                names = [call[key] for key in ("index", "id") if call.get(key) not in (None, "")]
-                same = calls.get((names or list(calls)[-1:] or [0])[0], {})
-                calls.update({each: calls.get(each, same) for each in names or [0]})
-                _merge(same, call, (), depth - 1)
+            calls = kept[name] = _as(list, before)
+            for call in value:  # by index, else by id, else the last one
+                key = next((k for k in ("index", "id") if call.get(k) not in (None, "")), None)
+                same = [each for each in calls if key is None or each.get(key) == call[key]]
+                calls += [] if same else [{}]
+                _merge((same or calls)[-1], call, depth - 1)
         elif isinstance(value, list):
-            _slot(kept, name, list).extend(value)
+            kept[name] = [*_as(list, before), *value]
         elif isinstance(value, dict) and depth:
-            _merge(_slot(kept, name, dict), value, ("arguments",), depth - 1)
+            kept[name] = _as(dict, before)
+            _merge(kept[name], value, depth - 1)
         elif value not in (None, "") or name not in kept:
             kept[name] = value
 
 
-def _plain(value: Any, depth: int = 8) -> Any:
+def _plain(value: Any, depth: int = 6) -> Any:
     """What `_merge` has put together, as plain data that does not change any more."""
-    if isinstance(value, _Text):
-        return value.whole()
+    if isinstance(value, bytearray):
+        return value.decode("utf-8", "surrogatepass")
     if isinstance(value, dict) and depth:
-        calls = value.get("tool_calls")
-        if isinstance(calls, dict):  # by index and by id, in the order of their beginning
-            once = {id(call): call for call in list(calls.values())}
-            value = {**value, "tool_calls": list(once.values())}
         return {name: _plain(each, depth - 1) for name, each in list(value.items())}
     if isinstance(value, list) and depth:
         return [_plain(each, depth - 1) for each in value]
@@ -1114,21 +1051,21 @@ class _Assembly:
     """Puts the chunks of a stream together into the completion that chat() would have given."""
 
     def __init__(self, headers: Message) -> None:
-        self.headers, self.done = headers, False
+        self.headers = headers
         self.fields: Json = {}  # what is said of the answer as a whole
         self.routed = {n: headers[field] for n, field in _ROUTED.items() if field in headers}
         self.usage: Any = None
-        self.failed = False
         self.choices: dict[int, Json] = {}
         self.whole: Completion | None = None  # when the gateway did not stream at all
+        self.error: LowRouterError | None = None
+        self.done = self.failed = False
 
     def add(self, chunk: Chunk) -> None:
         self.fields.update(chunk)
-        if chunk.get("usage"):
-            self.usage = chunk["usage"]
-        if chunk.get("lowrouter"):
-            self.routed.update(_dict(chunk["lowrouter"]))
-        for position, choice in enumerate(_list(chunk.get("choices"))):
+        self.usage = chunk.get("usage") or self.usage
+        if "lowrouter" in chunk:
+            self.routed.update(_as(dict, chunk["lowrouter"]))
+        for position, choice in enumerate(_as(list, chunk.get("choices"))):
             if not isinstance(choice, dict):
                 continue
             index = choice.get("index")
@@ -1169,14 +1106,14 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             return
         try:
             value = _loads(data)
-            chunk = Chunk(_dict(value))
+            chunk = Chunk(value if isinstance(value, dict) else {})
             chunk.headers = assembly.headers
             if chunk.get("choices") or not chunk.get("error"):
                 assembly.add(chunk)
         except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
             value, chunk = data.strip(), Chunk()
         if event == "error" or chunk.get("error") or assembly.failed:
-            places = [chunk, *map(_dict, _list(chunk.get("choices")))]
+            places = [chunk, *(_as(dict, choice) for choice in _as(list, chunk.get("choices")))]
             said = _said(next((each for each in places if each.get("error")), chunk or data))
             raise StreamError(f"the gateway failed in the stream: {_line(said['message'])}", **said)
         if chunk:
@@ -1243,12 +1180,12 @@ def _check_route(call: _Call, answer: _Answer) -> None:
 def _whole(call: _Call, first: bytes = b"") -> Completion:
     """The completion that comes as one JSON object."""
     data = call.json(first)
-    completion = Completion(_dict(data))
+    completion = Completion(_as(dict, data))
     completion.headers = call.response.headers
     choices = completion.get("choices")
     if not isinstance(choices, list):
         raise BadResponseError(f"{call.gateway.name} sent no chat completion", body=data)
-    if any(_dict(choice).get("finish_reason") == "error" for choice in choices):
+    if any(_as(dict, choice).get("finish_reason") == "error" for choice in choices):
         raise BadResponseError(f"{call.gateway.name} failed in its answer", completion=completion)
     _check_route(call, completion)
     return completion
@@ -1257,7 +1194,7 @@ def _whole(call: _Call, first: bytes = b"") -> Completion:
 def _model_list(call: _Call) -> list[Json]:
     """The models, which come in an envelope or as they are [assumption]."""
     data = call.json()
-    listed = _dict(data).get("data", data)
+    listed = _as(dict, data).get("data", data)
     if not _are_dicts(listed):
         raise BadResponseError(f"{call.gateway.name} sent no list of models", body=data)
     return list(listed)
@@ -1265,24 +1202,28 @@ def _model_list(call: _Call) -> list[Json]:
 
 def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> Iterator[Chunk]:
     """Read a stream to its end: a whole answer, or an error with what has come."""
+    error: LowRouterError | None = None
     try:
+        call.clock.enter("idle")  # silence counts only while the caller waits for its end
         for chunk in _chunks(_events(_lines(blocks)), assembly):
             if "lowrouter" in chunk:
                 _check_route(call, chunk)
             yield chunk
+            call.clock.enter("idle")
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():
             raise StreamError(f"{call.gateway.name} ended the stream before the answer")
-    except LowRouterError as error:
-        cut = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
-        if call.abandoned or (cut and assembly.complete()):
-            return
-        error.completion = assembly.completion() if assembly.fields else None
-        error.generation_id = assembly.completion().generation_id
-        raise call.failure(error) from None
-    finally:
-        call.close()
+    except _FOREIGN as cause:
+        error = call.failure(cause)
+    call.close()
+    lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
+    if error and not call.abandoned and not (lost and assembly.complete()):
+        completion = assembly.completion()
+        error.completion = completion if assembly.fields else None
+        error.generation_id = completion.generation_id
+        assembly.error = error
+        raise error
 
 
 class Stream:
@@ -1295,7 +1236,6 @@ class Stream:
     def __init__(self, call: _Call) -> None:
         self.headers, self._call = call.response.headers, call
         self._assembly = _Assembly(self.headers)
-        self._error: LowRouterError | None = None
         _check_route(call, self.completion)
         kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
@@ -1322,8 +1262,8 @@ class Stream:
         """Read to the end and return the whole answer; raises as iterating does, or when closed."""
         for _ in self:
             pass
-        if self._error is not None:
-            raise self._error
+        if self._assembly.error:
+            raise self._assembly.error
         if self._assembly.whole is None and not self._assembly.complete():
             raise StreamError("the stream was closed before its end", completion=self.completion)
         return self.completion
@@ -1339,11 +1279,9 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
-        self._call.clock.enter("idle")  # silence counts only while we wait for its end
         try:
             return next(self._chunks)
-        except LowRouterError as error:
-            self._error = error
+        except LowRouterError:
             raise
         except ValueError:  # another thread is just closing the generator
             raise StopIteration from None
@@ -1381,9 +1319,9 @@ class Client:
             raise ConfigError(f"max_retries must be a whole number from 0 up, not {max_retries!r}")
         url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
         self._gateway, self._key = _Gateway(url, allow_http, ca_file), _Key(api_key)
-        self._model, self._route, self._headers = model, route, _extra_headers(headers or {})
+        self._model, self._route, self._headers = model, route, _checked_headers(headers or {})
         self._timeout, self._deadline, self._ca_file = timeout, deadline, ca_file
-        self._clock({})  # which checks both
+        _Clock(timeout, deadline)  # which checks both
         directory = cache_dir or os.environ.get("LOWROUTER_CACHE_DIR")
         self._cache = _ModelCache(directory, self._gateway.url)
         self._transport = _Transport(self._gateway, max_retries)
@@ -1401,29 +1339,19 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if "_transport" in vars(self):
-            self.close()
-
     def close(self) -> None:
         """Hang up the kept connections; streams that are under way go on."""
         self._transport.close()
 
-    def _clock(self, options: Json) -> _Clock:
-        timeout, deadline = options.get("timeout"), options.get("deadline")
-        timeout = _seconds("timeout", self._timeout if timeout is None else timeout, 0)
-        deadline = self._deadline if deadline is None else deadline
-        return _Clock(timeout, None if deadline is None else _seconds("deadline", deadline))
-
-    def _call(self, options: Json, method: str, path: str, body: Any = None) -> _Call:
-        clock = self._clock(options)
-        call = _Call(self._gateway, self._key.current(), method, path, body, self._headers)
-        call.clock = clock
-        return call
+    def _call(self, method: str, path: str, body: Any = None, options: Json | None = None) -> _Call:
+        given = {name: value for name, value in (options or {}).items() if value is not None}
+        clock = _Clock(given.get("timeout", self._timeout), given.get("deadline", self._deadline))
+        key = self._key.current()
+        return _Call(self._gateway, clock, key, self._headers, method, path, body)
 
     def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
         body = _chat_body(messages, streams, self._model, self._route, options)
-        call = self._call(options, "POST", "/chat/completions", body)  # [seed]
+        call = self._call("POST", "/chat/completions", body, options)  # [seed]
         call.streams, call.pins = streams, _pins(body, self._headers)
         return call
 
@@ -1452,8 +1380,12 @@ class Client:
         """Send any request below the base URL; return its JSON, None for an empty answer."""
         if not isinstance(method, str) or not re.fullmatch("[A-Za-z]+", method):
             raise ConfigError(f"method must be a word such as GET, not {method!r}")
-        call = self._call({}, method.upper(), _any_path(path), body)
-        return self._transport.send(call, _Call.json)
+        if not isinstance(path, str) or "://" in path.partition("?")[0]:
+            raise ConfigError(
+                f"a path below the base URL is meant, such as /providers, not {path!r}"
+            )
+        path = "/" + urllib.parse.quote(path.lstrip("/"), safe=_IN_URLS + "?", errors="replace")
+        return self._transport.send(self._call(method.upper(), path, body), _Call.json)
 
     def models(self, refresh: bool = False) -> list[Json]:
         """Return the routable models [seed], kept for an hour; only their `id` is sure.
@@ -1465,7 +1397,7 @@ class Client:
         if kept and kept[0] <= _CACHE_SECONDS and not refresh:
             return kept[1]
         try:
-            call = self._call({}, "GET", "/models")  # [seed]
+            call = self._call("GET", "/models")  # [seed]
             listed = self._transport.send(call, _model_list)
         except APIConnectionError as error:
             if kept is None:
@@ -1481,17 +1413,20 @@ class Client:
 
         For `wait` seconds one that is not written yet is asked for again; then `NotFoundError`.
         """
-        call = self._call({}, "GET", _generation_path(generation_id))
+        if not isinstance(generation_id, str) or generation_id in ("", ".", ".."):
+            raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
+        segment = urllib.parse.quote(generation_id, safe="", errors="replace")  # it is opaque
+        call = self._call("GET", "/generation/" + segment)
         patience = _Clock(_TIMEOUT, _seconds("wait", wait))
         patience.end = min(patience.end, call.clock.end)
         while True:
             try:
-                record = _dict(self._transport.send(call, _Call.json))
+                record = _as(dict, self._transport.send(call, _Call.json))
                 break
             except NotFoundError:
                 if not patience.pause(_POLL_SECONDS):
                     raise
-        record = record if "generation_id" in record else _dict(record.get("data")) or record
+        record = record if "generation_id" in record else _as(dict, record.get("data")) or record
         if not record:
             raise BadResponseError(f"{self._gateway.name} sent no record of {generation_id}")
         return record
@@ -1754,7 +1689,7 @@ def _look(client: Client, command: str, options: Json, words: list[str]) -> None
     _put("".join(shown), sys.stdout)
 
 
-def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
+def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Json]]:
     """Line number, id and body of each request; at the end an error if some lines are none."""
     lines: dict[str, int] = {}
     problems = []
@@ -1776,99 +1711,90 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
         raise ConfigError(f"{told} ({len(problems)} bad lines, nothing was sent)")
 
 
-def _results(out: Any) -> Iterator[tuple[bytes, Any]]:
-    """The lines of OUT; a last one torn by a kill is cut off, a foreign one is an error."""
+def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
+    """Line, id and answer, None for a failure, of what is in OUT; a torn last line is cut off."""
     size = out.seek(0)
     for line in out:
-        torn = not line.endswith(b"\n")
-        if torn and line.startswith(b'{"custom_id"'[: len(line)]):
+        if not line.endswith(b"\n") and line.startswith(b'{"custom_id"'[: len(line)]):
             out.truncate(size)
             return
-        record: Any = None
         try:
             record = json.loads(line)
-            ours = isinstance(record["custom_id"], str) and not torn
-            ours = ours and (record["error"] or isinstance(record["response"]["body"], dict))
+            if not isinstance(record["custom_id"], str):
+                raise TypeError
+            answer = None if record["error"] else Completion(**record["response"]["body"])
+            yield line, record["custom_id"], answer
         except (ValueError, TypeError, KeyError, RecursionError):
-            ours = False
-        if not ours:
-            raise ConfigError(f"{out.name} is no file that a batch has written")
-        yield line, record
+            raise ConfigError(f"{out.name} is no file that a batch has written") from None
         size += len(line)
 
 
 def _rewrite(out: Any, draft: str) -> tuple[str, int]:
     """Rewrite OUT with one line per id; return the totals, and how many lines have failed."""
-    last = {record["custom_id"]: number for number, (_, record) in enumerate(_results(out))}
-    answers = []
+    last = {custom_id: number for number, (_, custom_id, _) in enumerate(_results(out))}
+    spent = []
     with open(draft, "xb") as file:
-        for number, (line, record) in enumerate(_results(out)):
-            if last[record["custom_id"]] != number:
+        for number, (line, custom_id, answer) in enumerate(_results(out)):
+            if last[custom_id] != number:
                 continue
             file.write(line)
-            if not record["error"]:
-                answer = Completion(record["response"]["body"])
+            if answer is not None:
                 usage, eco = answer.usage or {}, answer.eco or {}
-                spent = (usage.get("total_tokens"), usage.get("cost"))
-                answers.append((*spent, eco.get("energy_wh"), eco.get("carbon_g")))
+                ours = usage.get("total_tokens"), usage.get("cost")
+                spent.append((*ours, eco.get("energy_wh"), eco.get("carbon_g")))
         file.flush()
         os.fsync(file.fileno())
     os.chmod(draft, os.stat(out.name).st_mode & 0o777)
     out.close()  # or Windows would not replace it
     os.replace(draft, out.name)
-    totals = f"{len(last)} requests, {len(last) - len(answers)} failed"
-    for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*answers)):
+    totals = f"{len(last)} requests, {len(last) - len(spent)} failed"
+    for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*spent)):
         given = [number for number in column if isinstance(number, (int, float))]
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
         totals += f", {sum(given):,.9g} {name}{none}"
-    return totals, len(last) - len(answers)
+    return totals, len(last) - len(spent)
 
 
 def _lock(out: Any) -> None:
     """Two runs that append to one file would lose lines; the lock ends with its process."""
-    with contextlib.suppress(ImportError):  # Windows has none
+    try:
         from fcntl import LOCK_EX, LOCK_NB, flock
 
-        try:
-            flock(out, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{out.name} is in use: give each run, and each shard, its own"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        flock(out, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{out.name} is in use: give each run and each shard its own") from None
+    except (ImportError, OSError):
+        pass  # Windows, and file systems without locks
 
 
 class _Batch:
-    """Requests under way: the workers only send, and one thread writes what they bring."""
+    """Requests under way: each worker takes a job, sends it and writes its result, and so on."""
 
-    def __init__(self, client: Client, out: Any, total: int, quiet: bool) -> None:
-        from threading import Event
+    def __init__(self, client: Client, jobs: Iterator[Any], out: Any, total: int) -> None:
+        from threading import Condition, Event
 
-        self.client, self.out, self.total, self.quiet = client, out, total, quiet
-        self.stop, self.done, self.failed, self.problem = Event(), 0, 0, ""
+        self.client, self.jobs, self.out, self.total = client, jobs, out, total
+        self.stop, self.lock = Event(), Condition()  # whose holder uses `jobs`, `out` and counts
+        self.working, self.done, self.failed, self.problem, self.quiet = 0, 0, 0, "", False
+        self.broken: Exception | None = None
         self.began = self.start = time.monotonic()  # before `start` nobody sends
 
     def ask(self, custom_id: str, body: Json) -> Json | None:
         """Send a request and return its line for OUT, None when the batch has been stopped."""
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
-        status: Any = None
-        request_id: Any = None
-        said: Any = None
-        error: Any = None
         for pause in _PAUSES:
             while self.start > time.monotonic() and not self.stop.is_set():
                 self.stop.wait(self.start - time.monotonic())
             if self.stop.is_set():
                 return None
             try:
-                said = self.client.chat(**body)
-                request_id = said.headers.get("X-Request-Id")
-                status, error = 200, None
+                answer: Any = self.client.chat(**body)
+                said: Any = (200, answer.headers.get("X-Request-Id"), answer)
+                error = None
                 break
             except (LowRouterError, TypeError) as failure:
                 names = ("status", "request_id", "body", "retry_after", "code")
-                status, request_id, said, wait, code = (getattr(failure, n, None) for n in names)
+                *said, wait, code = (getattr(failure, name, None) for name in names)
                 error = {"code": code or type(failure).__name__, "message": str(failure)}
                 wait = pause if wait is None else wait
                 if wait > _LONGEST_PAUSE or isinstance(failure, _HOPELESS):
@@ -1876,68 +1802,66 @@ class _Batch:
                 if not pause or not getattr(failure, "retryable", False):
                     break
             self.start = max(self.start, time.monotonic() + wait)
-        response = {"status_code": status, "request_id": request_id, "body": said}
-        return {"custom_id": custom_id, "response": response if status else None, "error": error}
+        response = dict(zip(("status_code", "request_id", "body"), said)) if said[0] else None
+        return {"custom_id": custom_id, "response": response, "error": error}
 
-    def write(self, record: Any) -> None:
-        """Write a result, and tell how far the batch is."""
-        from shutil import get_terminal_size
-
+    def write(self, record: Json) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
         self.out.write(line.encode("utf-8", "backslashreplace"))
         self.out.flush()
         self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
         self.problem = self.problem or (record["error"] or {}).get("message", "")
-        rate = self.done / max(time.monotonic() - self.began, 1e-9)
-        tenths, left = 10 * self.done // self.total, (self.total - self.done) / rate
-        text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s, {left:.0f} s left"
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.quiet:
-            width = get_terminal_size().columns - 1
-            bar = f"[{'#' * tenths:<10}] {text}"[:width].ljust(width)
-            print(bar, end="\r" if left else "\n", file=sys.stderr, flush=True)
-        elif tenths > 10 * (self.done - 1) // self.total and not self.quiet:
+
+    def show(self) -> None:
+        """Tell how far it is: by a bar on a terminal, elsewhere by a line for each tenth."""
+        from shutil import get_terminal_size
+
+        tenths, rate = 10 * self.done // self.total, self.done / (time.monotonic() - self.began)
+        text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s"
+        text += f", {(self.total - self.done) / rate:.0f} s left"
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            bar, width = f"[{'#' * tenths:<10}] {text}", get_terminal_size().columns - 1
+            end = "\r" if self.done < self.total else "\n"
+            print(bar[:width].ljust(width), end=end, file=sys.stderr, flush=True)
+        elif tenths > 10 * (self.done - 1) // self.total:
             _put(text + "\n", sys.stderr)
 
-    def send(self, jobs: Iterable[Any], workers: int) -> None:
-        """Send the jobs, `workers` at a time."""
-        from queue import Empty, SimpleQueue
-        from signal import SIGINT, signal
+    def work(self) -> None:
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    job = next(self.jobs, None)
+                record = job and self.ask(*job)
+                if not record:
+                    break
+                with self.lock:
+                    self.write(record)
+                    if not self.quiet:
+                        self.show()
+        except Exception as error:
+            self.broken = error
+            self.stop.set()
+        with self.lock:
+            self.working -= 1
+            self.lock.notify()
+
+    def run(self, workers: int) -> None:
+        """Let the workers work; after Ctrl-C they have some seconds for what is under way."""
         from threading import Thread
 
-        waiting: Any = SimpleQueue()
-        results: Any = SimpleQueue()
-
-        def work() -> None:
-            for _, custom_id, body in iter(waiting.get, None):
-                results.put(self.ask(custom_id, body))
-
-        def take(timeout: float | None = None) -> None:
-            record = results.get(timeout=timeout)
-            if record is KeyboardInterrupt:
-                raise KeyboardInterrupt
-            if record is not None:  # Ctrl-C came before it was sent
-                self.write(record)
-
+        self.working = workers
         for _ in range(workers):
-            Thread(target=work, daemon=True).start()  # no exit waits for a daemon
-        under_way = 0
-        before = signal(SIGINT, lambda *_: results.put(KeyboardInterrupt))  # never amid a line
-        try:
-            for job in itertools.chain(jobs, itertools.repeat(None, workers)):
-                waiting.put(job)
-                under_way += job is not None
-                if under_way == workers or (under_way and job is None):
-                    take()
-                    under_way -= 1
-        except KeyboardInterrupt:
-            self.stop.set()
-            end = time.monotonic() + _PATIENCE
-            with contextlib.suppress(Empty):
-                for _ in range(under_way):
-                    take(max(0.0, end - time.monotonic()))
-            raise
-        finally:
-            signal(SIGINT, before)
+            Thread(target=self.work, daemon=True).start()  # no exit waits for a daemon
+        with self.lock:
+            try:
+                self.lock.wait_for(lambda: not self.working)
+            except KeyboardInterrupt:
+                self.stop.set()
+                self.lock.wait_for(lambda: not self.working, _PATIENCE)
+                self.out.close()  # while nobody is amid a line
+                raise
+        if self.broken:
+            raise self.broken
 
 
 def _batch(client: Client, options: Json, words: list[str]) -> int:
@@ -1953,22 +1877,22 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
         lines = {custom_id: number for number, custom_id, _ in _jobs(source)}
         source.seek(0)
         _lock(out)
-        done = {record["custom_id"]: not record["error"] for _, record in _results(out)}
+        done = {custom_id: answer is not None for _, custom_id, answer in _results(out)}
         todo = {i for i, n in lines.items() if (n - part) % parts == 0 and not done.get(i)}
-        batch = _Batch(client, out, len(todo), "q" in options)
-        draft = f"{out.name}.{os.getpid()}"
+        jobs = ((custom_id, body) for _, custom_id, body in _jobs(source) if custom_id in todo)
+        batch, draft = _Batch(client, jobs, out, len(todo)), f"{out.name}.{os.getpid()}"
+        batch.quiet = "q" in options
         try:
-            batch.send((job for job in _jobs(source) if job[1] in todo), workers)
+            batch.run(workers)
             totals, failed = _rewrite(out, draft)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
             kept = "what was written is kept: make room and run the same command again"
             raise OSError(f"{words[1]} cannot be written ({error.strerror}); {kept}") from None
-    failed += batch.stop.is_set()
     hint = f"; first: {batch.problem}; the same command sends again what failed or is left"
     _put(totals + hint * bool(batch.problem) + "\n", sys.stderr)
-    return 9 if failed else 0
+    return 9 if failed or batch.stop.is_set() else 0
 
 
 def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
@@ -2045,7 +1969,7 @@ def main(argv: list[str] | None = None) -> int:
         status, text = 130, "lowrouter: interrupted"
         text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
         text = "\n" * sys.stdout.isatty() + text
-    except (LowRouterError, OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
+    except (LowRouterError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         status, text = _exit_status(error), "lowrouter: " + " ".join(str(error).split())
         text += type(error).__name__ * (not str(error))
         if "--json" in argv:

@@ -4788,8 +4788,8 @@ class TestBounds(Timed):
             self.client().stream("Hello").result()
 
     def test_short_lines_that_do_not_end_are_left_at_the_limit_of_an_event(self):
-        piece = chunked(b"data:\n" * 10000, end=False)
-        self.stub.play(STREAM_HEAD, self.flood(piece, 1000), CUT)  # 60 MB
+        piece = chunked(b"data:x\n" * 10000, end=False)
+        self.stub.play(STREAM_HEAD, self.flood(piece, 1000), CUT)  # 70 MB
         with self.assertRaisesRegex(lowrouter.StreamError, "longer than"):
             self.client().stream("Hello").result()
 
