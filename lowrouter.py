@@ -1210,6 +1210,8 @@ def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> I
                 _check_route(call, chunk)
             yield chunk
             call.clock.enter("idle")
+            if call.abandoned:
+                break
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():
@@ -1271,20 +1273,14 @@ class Stream:
     def close(self) -> None:
         """Stop reading; a thread that waits in the iteration is woken and ends it."""
         self._call.abandon()
-        with contextlib.suppress(AttributeError, ValueError):  # not a generator, or just running
-            self._chunks.close()  # type: ignore[attr-defined]
+        if not getattr(self._chunks, "gi_running", False):  # else that thread hangs up
             self._call.close()
 
-    def __iter__(self) -> Stream:
-        return self
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._chunks
 
     def __next__(self) -> Chunk:
-        try:
-            return next(self._chunks)
-        except LowRouterError:
-            raise
-        except ValueError:  # another thread is just closing the generator
-            raise StopIteration from None
+        return next(self._chunks)
 
     def __enter__(self) -> Stream:
         return self
@@ -1819,6 +1815,8 @@ class _Batch:
         tenths, rate = 10 * self.done // self.total, self.done / (time.monotonic() - self.began)
         text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s"
         text += f", {(self.total - self.done) / rate:.0f} s left"
+        if self.quiet:
+            return
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             bar, width = f"[{'#' * tenths:<10}] {text}", get_terminal_size().columns - 1
             end = "\r" if self.done < self.total else "\n"
@@ -1836,8 +1834,7 @@ class _Batch:
                     break
                 with self.lock:
                     self.write(record)
-                    if not self.quiet:
-                        self.show()
+                    self.show()
         except Exception as error:
             self.broken = error
             self.stop.set()
