@@ -275,7 +275,8 @@ _STATUS_ERRORS = {  # the class, and what to do
 
 def _line(text: Any) -> str:
     """Foreign text, as a part of a one-line message."""
-    return re.sub(r"[^ -~\xa1-\U0010ffff]", "?", " ".join(str(text)[:_ERROR_LIMIT].split()))
+    line = " ".join(str(text)[:_ERROR_LIMIT].split())
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for an event
@@ -730,10 +731,14 @@ class _Call(urllib.request.Request):
         self.received = bytearray()  # of a body that is read as a whole
 
     def scrub(self, value: Any) -> Any:
-        """JSON or text from outside without the key, as it is and as it is written in JSON."""
-        for key in (self.key, json.dumps(self.key)[1:-1]):
-            value = json.loads(json.dumps(value).replace(json.dumps(key)[1:-1], "[key]"))
-        return value
+        """What is quoted from outside, without the key: as it is, and as it is written in JSON."""
+        if isinstance(value, dict):
+            return {self.scrub(name): self.scrub(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self.scrub(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        return value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
 
     def shown(self) -> str:
         """What an error carries of a body; where that was cut, no first half of the key is left."""
@@ -765,12 +770,12 @@ class _Call(urllib.request.Request):
         """Our error for whatever was raised: short, with what has come, and without the key."""
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
         told = {"body": self.shown() or None, **vars(error)}
-        plain = {name: told.pop(name) for name in ("completion", "headers") if name in told}
+        completion = told.pop("completion", None)  # is the caller's, and stays as it came
         try:
             told = self.scrub(told)
         except RecursionError:
             told.update(body=None, message=None)  # nested without end
-        vars(error).update(told, **plain)
+        vars(error).update(told, completion=completion)
         error.args = (self.scrub(str(error))[:_MESSAGE_LIMIT],)
         error.__context__ = None
         return error
