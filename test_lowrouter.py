@@ -5486,6 +5486,12 @@ class TestRunner(Clean):
             run.send_signal(signal.SIGINT)
             self.assertEqual((*run.communicate(timeout=10), run.returncode), ("", "", 130))
 
+    def test_serve_refuses_what_is_no_port(self):
+        for port in ("abc", "99999", "--port=x"):
+            with self.subTest(port), self.running("serve", port) as run:
+                out, err = run.communicate(timeout=10)
+                self.assertEqual((run.returncode, out, err.count("\n")), (1, "", 1))
+
 
 # ---- the command line ---------------------------------------------------------------------------
 
@@ -6607,10 +6613,10 @@ def try_command(arguments):
 
 def serve(arguments):
     """Keep a stub up until Ctrl-C, and print the two lines that lead a shell to it."""
-    if arguments[:1] == ["--port"]:
-        arguments[:1] = []
-    port = int(arguments[0].replace("--port=", "")) if arguments else 0
-    with StubGateway(pace=0.05, port=port) as stub:
+    port = arguments[-1].rpartition("=")[2] if arguments else "0"  # also of `--port PORT`
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        sys.exit("usage: python3 test_lowrouter.py serve [PORT]; a port is a number up to 65535")
+    with StubGateway(pace=0.05, port=int(port)) as stub:
         with contextlib.suppress(KeyboardInterrupt):  # which may come as soon as the lines are read
             text = f"export LOWROUTER_API_KEY={KEY}\nexport LOWROUTER_BASE_URL={stub.url}"
             print(text, flush=True)
