@@ -446,8 +446,8 @@ def _is_named(host: str, pattern: str) -> bool:
     return pattern == "*" or ("." + host).endswith("." + (pattern.lstrip("*.") or "?"))
 
 
-def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, str] | None:
-    """Host, port and Basic credentials of the proxy on the way to the host."""
+def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]] | None:
+    """Host, port and login, which is a header, of the proxy on the way to the host."""
     variables = urllib.request.getproxies_environment()
     url = variables.get(scheme, "").strip()
     for entry in variables.get("no", "").lower().replace(",", " ").split():
@@ -461,7 +461,8 @@ def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, str] | None:
             raise ValueError
         login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
         basic = "Basic " + base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
-        return str(parts.hostname), parts.port or 80, basic if "@" in parts.netloc else ""
+        header = {"Proxy-Authorization": basic} if "@" in parts.netloc else {}
+        return str(parts.hostname), parts.port or 80, header
     except ValueError:
         raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port") from None
 
@@ -489,8 +490,8 @@ class _Gateway:
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.target, self.netloc = f"{host}:{self.port}", f"{host}:{port}" if port else host
-        path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
-        self.url = f"{parts.scheme}://{self.netloc}{path}"
+        self.path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
+        self.url = f"{parts.scheme}://{self.netloc}{self.path}"
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
@@ -648,7 +649,7 @@ def _trusting(file: str | None, path: str | None) -> ssl.SSLContext:
 
 def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
     """Try the addresses in turn, each with its share of the time, since one may be dead."""
-    host, port, _ = gateway.proxy or (gateway.host, gateway.port, "")
+    host, port, _ = gateway.proxy or (gateway.host, gateway.port, {})
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     clock.enter("connect")  # not before, since nothing bounds the resolver
     failure = OSError("the name has no address")
@@ -668,8 +669,7 @@ def _connect(gateway: _Gateway, context: ssl.SSLContext | None, clock: _Clock) -
     wire = _Wire(_dial(gateway, clock), clock)
     try:
         if context and gateway.proxy:
-            login = {"Proxy-Authorization": gateway.proxy[2]} if gateway.proxy[2] else {}
-            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **login})
+            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **gateway.proxy[2]})
             status = wire.answer("HEAD").status  # whose head is all there is, too
             if status in (401, 407):
                 remedy = "put user and password into HTTPS_PROXY"
@@ -702,7 +702,7 @@ _SOUND = {  # in each of these headers at most one value, and one that http.clie
 }
 
 
-class _Call(urllib.request.Request):
+class _Call:
     """One request, and its answer while that is read."""
 
     response: http.client.HTTPResponse
@@ -713,20 +713,19 @@ class _Call(urllib.request.Request):
     def __init__(
         self, gateway: _Gateway, clock: _Clock, key: str, extra: dict[str, str], *to_send: Any
     ) -> None:
-        method, path, body = to_send
-        data = None if body is None else _json_bytes(body)
-        super().__init__(gateway.url + path, data, method=method)
+        self.method, path, body = to_send
+        self.target = gateway.path + path
         agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
         self.head = {"User-Agent": agent, "Accept-Encoding": "identity", **extra}
         self.head.update({"Host": gateway.netloc, "Authorization": "Bearer " + key})  # [seed]
-        if data is not None:
+        self.data = None if body is None else _json_bytes(body)
+        if body is not None:
             self.head["Content-Type"] = "application/json"  # [seed]
         if gateway.proxy and not gateway.tls:
-            host, port, login = gateway.proxy
-            self.set_proxy(f"{host}:{port}", "http")
-            self.head.update({"Proxy-Authorization": login} if login else {})
+            self.target = gateway.url + path
+            self.head.update(gateway.proxy[2])
         self.gateway, self.clock, self.key = gateway, clock, key
-        self.idempotent = method in ("GET", "HEAD")
+        self.idempotent = self.method in ("GET", "HEAD")
         self.pins: Json = {}
         self.received = bytearray()  # of a body that is read as a whole
 
@@ -786,11 +785,11 @@ class _Call(urllib.request.Request):
         self.clock.enter("response")
         # who closes before it has read all may have said why, 413 say: the answer decides
         try:
-            wire.ask(self.get_method(), self.selector, self.data, self.head)
+            wire.ask(self.method, self.target, self.data, self.head)
             self.sent = True
         except (ConnectionError, ssl.SSLError):
             pass
-        self.response = wire.answer(self.get_method())
+        self.response = wire.answer(self.method)
         headers = self.response.headers
         if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
             self.response.headers = http.client.HTTPMessage()
@@ -868,7 +867,7 @@ class _Call(urllib.request.Request):
         if not self.received:
             # the end of the chunks was seen, too; the end of a head that was cut was not
             empty = self.response.headers.get("Content-Length") == "0" or self.response.chunked
-            if empty or self.response.status == 204 or self.get_method() == "HEAD":
+            if empty or self.response.status == 204 or self.method == "HEAD":
                 return None
             raise http.client.IncompleteRead(b"")
         try:
