@@ -591,7 +591,6 @@ class _Wire(io.BufferedReader):
         """Send a request, of which http.client writes the head."""
         connection: Any = http.client.HTTPConnection("unused")
         connection.sock, connection.debuglevel = self, 0  # a level set for all would print the key
-        self.unsent = []
         connection.request(method, target, body, headers)
         data, self.unsent = memoryview(b"".join(self.unsent)), []
         sock, clock = self.source.sock, self.source.clock
@@ -662,29 +661,6 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
         except OSError as error:
             failure = error
     raise failure
-
-
-def _connect(gateway: _Gateway, context: ssl.SSLContext | None, clock: _Clock) -> _Wire:
-    """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
-    wire = _Wire(_dial(gateway, clock), clock)
-    try:
-        if context and gateway.proxy:
-            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **gateway.proxy[2]})
-            status = wire.answer("HEAD").status  # whose head is all there is, too
-            if status in (401, 407):
-                remedy = "put user and password into HTTPS_PROXY"
-                raise APIConnectionError(f"{gateway.name} was refused ({status}): {remedy}")
-            if not 200 <= status < 300:
-                raise OSError(f"the proxy answered CONNECT with {status}")
-        if context:
-            sock = wire.source.sock
-            sock.settimeout(clock.left())
-            sock = context.wrap_socket(sock, server_hostname=gateway.host)
-            wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
-    except BaseException:
-        wire.hang_up()
-        raise
-    return wire
 
 
 # ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
@@ -919,14 +895,12 @@ class _Transport:
                 self.idle.pop(0).hang_up()
 
     def kept(self) -> _Wire | None:
-        while self.idle:
-            try:
+        with contextlib.suppress(IndexError):  # not asked for before: another thread may be quicker
+            while True:
                 wire = self.idle.pop()
-            except IndexError:  # another thread was quicker
-                break
-            if wire.fresh():
-                return wire
-            wire.hang_up()
+                if wire.fresh():
+                    return wire
+                wire.hang_up()
         return None
 
     def tls(self) -> ssl.SSLContext:
@@ -935,6 +909,26 @@ class _Transport:
             with self.locks.setdefault(os.getpid(), self.new_lock()):  # a fork may copy a held one
                 self.context = self.context or _trusting(self.gateway.ca_file, self.gateway.ca_path)
         return self.context
+
+    def connect(self, call: _Call) -> _Wire:
+        """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
+        gateway, clock = self.gateway, call.clock
+        context = self.tls() if gateway.tls else None
+        wire = call.wire = _Wire(_dial(gateway, clock), clock)
+        if context and gateway.proxy:
+            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **gateway.proxy[2]})
+            status = wire.answer("HEAD").status  # whose head is all there is, too
+            if status in (401, 407):
+                remedy = "put user and password into HTTPS_PROXY"
+                raise APIConnectionError(f"{gateway.name} was refused ({status}): {remedy}")
+            if not 200 <= status < 300:
+                raise OSError(f"the proxy answered CONNECT with {status}")
+        if context:
+            sock = wire.source.sock
+            sock.settimeout(clock.left())
+            sock = context.wrap_socket(sock, server_hostname=gateway.host)
+            wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
+        return wire
 
     def open(self, call: _Call) -> _Call:
         """Send over a kept wire; that may have died: then a new one is taken, once."""
@@ -949,8 +943,7 @@ class _Transport:
                 if call.sent and not call.idempotent:
                     raise
         call.clock.enter("connect")
-        context = self.tls() if self.gateway.tls else None
-        return call.exchange(_connect(self.gateway, context, call.clock))
+        return call.exchange(self.connect(call))
 
     def send(self, call: _Call, take: Callable[[_Call], T]) -> T:
         """Send the call until it is answered, and return what `take` makes of it."""
