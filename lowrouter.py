@@ -335,8 +335,6 @@ _ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache
 _OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
 transfer-encoding accept-encoding expect upgrade""".split()
 _IN_URLS = "/%:@!$&'()*+,;=~"  # what stands in a path as it is
-
-
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -1339,8 +1337,7 @@ class Client:
     def _call(self, method: str, path: str, body: Any = None, options: Json | None = None) -> _Call:
         given = {name: value for name, value in (options or {}).items() if value is not None}
         clock = _Clock(given.get("timeout", self._timeout), given.get("deadline", self._deadline))
-        key = self._key.current()
-        return _Call(self._gateway, clock, key, self._headers, method, path, body)
+        return _Call(self._gateway, clock, self._key.current(), self._headers, method, path, body)
 
     def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
         body = _chat_body(messages, streams, self._model, self._route, options)
@@ -1390,8 +1387,7 @@ class Client:
         if kept and kept[0] <= _CACHE_SECONDS and not refresh:
             return kept[1]
         try:
-            call = self._call("GET", "/models")  # [seed]
-            listed = self._transport.send(call, _model_list)
+            listed = self._transport.send(self._call("GET", "/models"), _model_list)  # [seed]
         except APIConnectionError as error:
             if kept is None:
                 raise
@@ -1410,14 +1406,13 @@ class Client:
             raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
         segment = urllib.parse.quote(generation_id, safe="", errors="replace")  # it is opaque
         call = self._call("GET", "/generation/" + segment)
-        patience = _Clock(_TIMEOUT, _seconds("wait", wait))
-        patience.end = min(patience.end, call.clock.end)
+        last = time.monotonic() + _seconds("wait", wait) - _POLL_SECONDS
         while True:
             try:
                 record = _as(dict, self._transport.send(call, _Call.json))
                 break
             except NotFoundError:
-                if not patience.pause(_POLL_SECONDS):
+                if time.monotonic() > last or not call.clock.pause(_POLL_SECONDS):
                     raise
         record = record if "generation_id" in record else _as(dict, record.get("data")) or record
         if not record:
