@@ -575,22 +575,17 @@ class _Wire(io.BufferedReader):
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.source = _Socket(sock, clock)
-        self.unsent: list[bytes] = []
         self.idle_since = (0.0, 0.0)  # seconds, by the monotonic and the wall clock
         super().__init__(self.source, _BLOCK)
 
     def makefile(self, mode: str) -> _Wire:
         return self
 
-    def sendall(self, data: bytes) -> None:
-        self.unsent.append(data)  # head and body leave together: apart, one waits for the other
-
-    def ask(self, method: str, target: str, body: Any, headers: dict[str, str]) -> None:
-        """Send a request, of which http.client writes the head."""
-        connection: Any = http.client.HTTPConnection("unused")
-        connection.sock, connection.debuglevel = self, 0  # a level set for all would print the key
-        connection.request(method, target, body, headers)
-        data, self.unsent = memoryview(b"".join(self.unsent)), []
+    def ask(self, method: str, target: str, headers: dict[str, str], body: bytes = b"") -> None:
+        """Send a request; head and body leave together, since apart one waits for the other."""
+        fields = [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"])
+        data = memoryview(head.encode("ascii") + body)
         sock, clock = self.source.sock, self.source.clock
         for start in range(0, len(data), _SEND_BLOCK):
             sock.settimeout(clock.left())
@@ -692,14 +687,16 @@ class _Call:
         agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
         self.head = {"User-Agent": agent, "Accept-Encoding": "identity", **extra}
         self.head.update({"Host": gateway.netloc, "Authorization": "Bearer " + key})  # [seed]
-        self.data = None if body is None else _json_bytes(body)
-        if body is not None:
+        self.data = b"" if body is None else _json_bytes(body)
+        if self.data:
             self.head["Content-Type"] = "application/json"  # [seed]
         if gateway.proxy and not gateway.tls:
             self.target = gateway.url + path
             self.head.update(gateway.proxy[2])
         self.gateway, self.clock, self.key = gateway, clock, key
         self.idempotent = self.method in ("GET", "HEAD")
+        if self.data or self.method in ("PATCH", "POST", "PUT"):
+            self.head["Content-Length"] = str(len(self.data))
         self.pins: Json = {}
         self.received = bytearray()  # of a body that is read as a whole
 
@@ -759,7 +756,7 @@ class _Call:
         self.clock.enter("response")
         # who closes before it has read all may have said why, 413 say: the answer decides
         try:
-            wire.ask(self.method, self.target, self.data, self.head)
+            wire.ask(self.method, self.target, self.head, self.data)
             self.sent = True
         except (ConnectionError, ssl.SSLError):
             pass
@@ -914,7 +911,7 @@ class _Transport:
         context = self.tls() if gateway.tls else None
         wire = call.wire = _Wire(_dial(gateway, clock), clock)
         if context and gateway.proxy:
-            wire.ask("CONNECT", gateway.target, None, {"Host": gateway.target, **gateway.proxy[2]})
+            wire.ask("CONNECT", gateway.target, {"Host": gateway.target, **gateway.proxy[2]})
             status = wire.answer("HEAD").status  # whose head is all there is, too
             if status in (401, 407):
                 remedy = "put user and password into HTTPS_PROXY"
