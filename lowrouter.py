@@ -48,15 +48,13 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 __version__ = "0.9.0"
-# fmt: off
 __all__ = [
     "APIConnectionError", "APIStatusError", "APITimeoutError", "AuthenticationError",
     "BadResponseError", "Chunk", "Client", "Completion", "ConfigError",
     "InsufficientCreditsError", "LowRouterError", "NoProviderError", "NotFoundError",
     "PermissionDeniedError", "RateLimitError", "RouteMismatchError", "Stream", "StreamError",
     "chat", "curl", "generation", "main", "models", "request", "stream",
-]
-# fmt: on
+]  # fmt: skip
 
 # ---- constants: every number with its unit and its reason ----------------------------------------
 
@@ -754,12 +752,10 @@ class _Call:
         """Send the request and read the head of the answer."""
         self.wire, self.sent, wire.source.clock = wire, False, self.clock
         self.clock.enter("response")
-        # who closes before it has read all may have said why, 413 say: the answer decides
-        try:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            # who closes before it has read all may have said why, 413 say: the answer decides
             wire.ask(self.method, self.target, self.head, self.data)
             self.sent = True
-        except (ConnectionError, ssl.SSLError):
-            pass
         self.response = wire.answer(self.method)
         headers = self.response.headers
         if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
@@ -1854,8 +1850,8 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
     """Send what is not done yet; 9 when lines have failed."""
     shard = re.fullmatch("([0-9]+)/([0-9]+)", options.get("shard", "1/1"))
     part, parts = map(int, shard.groups() if shard else (0, 0))
-    workers = int(_number(options, "workers", 8))
-    if not 0 < part <= parts or not 0 < workers <= 1000:
+    workers = _number(options, "workers", 8)
+    if not 0 < part <= parts or not 1 <= workers <= 1000:
         raise ConfigError("--shard takes I/N with I from 1 to N, --workers a number up to 1000")
     with open(words[0], "rb") as source, open(os.path.realpath(words[1]), "a+b") as out:
         if not os.path.isfile(out.name) or not source.seekable():
@@ -1869,7 +1865,7 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
         batch, draft = _Batch(client, jobs, out, len(todo)), f"{out.name}.{os.getpid()}"
         batch.quiet = "q" in options
         try:
-            batch.run(workers)
+            batch.run(int(workers))
             totals, failed = _rewrite(out, draft)
         except OSError as error:
             with contextlib.suppress(OSError):
