@@ -827,9 +827,8 @@ class _Call:
             read()
         self.clock.end = end
 
-    def json(self, first: bytes = b"") -> Any:
-        """The body, of which `first` was read already, as JSON; None where there is none (204)."""
-        self.received += first
+    def json(self) -> Any:
+        """The body as JSON; None where there is none (204)."""
         self.fill(_ANSWER_LIMIT)
         if not self.received:
             # the end of the chunks was seen, too; the end of a head that was cut was not
@@ -1165,9 +1164,9 @@ def _check_route(call: _Call, answer: _Answer) -> None:
             raise RouteMismatchError(what, completion=whole, generation_id=answer.generation_id)
 
 
-def _whole(call: _Call, first: bytes = b"") -> Completion:
+def _whole(call: _Call) -> Completion:
     """The completion that comes as one JSON object."""
-    data = call.json(first)
+    data = call.json()
     completion = Completion(_as(dict, data))
     completion.headers = call.response.headers
     choices = completion.get("choices")
@@ -1231,7 +1230,8 @@ class Stream:
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
         page = not first or first.lstrip()[:1] in (b"{", b"[", b"<")
         if kind != "text/event-stream" and page:
-            self._assembly.whole = _whole(call, first)
+            call.received += first
+            self._assembly.whole = _whole(call)
             chunk = Chunk(self._assembly.whole)
             chunk.headers = self.headers
             self._chunks: Iterator[Chunk] = iter([chunk])
@@ -1694,10 +1694,10 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Json]]:
 
 def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
     """Line, id and answer, None for a failure, of what is in OUT; a torn last line is cut off."""
-    size = out.seek(0)
+    out.seek(0)
     for line in out:
         if not line.endswith(b"\n") and line.startswith(b'{"custom_id"'[: len(line)]):
-            out.truncate(size)
+            out.truncate(out.tell() - len(line))
             return
         try:
             record = json.loads(line)
@@ -1707,7 +1707,6 @@ def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
             yield line, record["custom_id"], answer
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(f"{out.name} is no file that a batch has written") from None
-        size += len(line)
 
 
 def _rewrite(out: Any, draft: str) -> tuple[str, int]:
