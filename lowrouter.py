@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import email.utils
+import functools
 import hashlib
 import http.client
 import io
@@ -1415,18 +1416,15 @@ class Client:
 
 # ---- functions: one client for the whole program, made at the first call -------------------------
 
-_shared: dict[tuple[str | None, ...], Client] = {}
+
+@functools.lru_cache(maxsize=1)  # what is under way keeps the last one until it ends
+def _made_for(*environment: str | None) -> Client:
+    return Client()
 
 
 def _client() -> Client:
     """The shared client, made anew when a variable of the environment has changed."""
-    environment = tuple(map(os.environ.get, _VARIABLES))
-    client = _shared.get(environment)
-    if client is None:
-        client = Client()
-        _shared.clear()  # what is under way keeps the old one until it ends
-        _shared[environment] = client
-    return client
+    return _made_for(*map(os.environ.get, _VARIABLES))
 
 
 def chat(messages: str | list[Json], **options: Any) -> Completion:
