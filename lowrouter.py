@@ -500,7 +500,7 @@ class _Gateway:
         self.ca_file, self.ca_path = None if folder == file else file or None, folder or None
 
 
-# ---- clock: how long one call may still wait -----------------------------------------------------
+# ---- wire: one connection under a clock; the only room that touches the network ------------------
 
 
 def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
@@ -537,9 +537,6 @@ class _Clock:
             return False
         time.sleep(seconds)
         return True
-
-
-# ---- wire: one connection under a clock; the only room that touches the network ------------------
 
 
 class _Socket(io.RawIOBase):
