@@ -653,10 +653,6 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
 
 
 # ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
-#
-# A `_Call` goes out over a kept `_Wire`, else over a new one: with TLS a new one costs three round
-# trips and 30 ms of CPU, a kept one a single round trip. The call owns the wire while its answer is
-# read; it gives it back at the end of the body, and hangs up in every other case.
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
@@ -668,7 +664,7 @@ _SOUND = {  # in each of these headers at most one value, and one that http.clie
 
 
 class _Call:
-    """One request, and its answer while that is read."""
+    """One request and its answer; it owns its wire, and gives it back at the end of the body."""
 
     response: http.client.HTTPResponse
     give_back: Callable[[_Wire, bool], None]
@@ -852,6 +848,7 @@ class _Call:
 class _Transport:
     """Sends calls over kept wires, last in first out, and tries again where that is safe.
 
+    With TLS a new wire costs three round trips and 30 ms of CPU, a kept one a single round trip.
     `list.append` and `list.pop` need no lock. A wire belongs to the process that made it: a forked
     child finds its copies not fresh and closes them, which its parent does not notice.
     """
