@@ -386,11 +386,10 @@ def _checked_headers(headers: Any) -> dict[str, str]:
 
 def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
     """A chat call as a command for a POSIX shell, which takes the key from the environment."""
-    from shlex import quote
+    from shlex import join, quote
 
     shown = {"Content-Type": "application/json", **headers}
-    lines = [" ".join(["curl", *map(quote, flags), quote(url)])]
-    lines.append('-H "Authorization: Bearer $LOWROUTER_API_KEY"')
+    lines = [join(["curl", *flags, url]), '-H "Authorization: Bearer $LOWROUTER_API_KEY"']
     lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in shown.items()]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
@@ -977,8 +976,7 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     for line in itertools.chain(lines, [""]):
         name, _, value = line.partition(":")
         if name == "data":
-            data += value[1:] if value.startswith(" ") else value
-            data += "\n"
+            data += (value[1:] if value.startswith(" ") else value) + "\n"
             if len(data) > _EVENT_LIMIT:
                 raise StreamError(f"an event of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
         elif name == "event":
