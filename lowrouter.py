@@ -486,8 +486,8 @@ class _Gateway:
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.target, self.netloc = f"{host}:{self.port}", f"{host}:{port}" if port else host
-        self.path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
-        self.url = f"{parts.scheme}://{self.netloc}{self.path}"
+        path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
+        self.url = f"{parts.scheme}://{self.netloc}{path}"
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
@@ -544,6 +544,7 @@ class _Socket(io.RawIOBase):
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.sock, self.pid = sock, os.getpid()
         self.clock: Any = clock  # None: there is nothing to receive
+        self.last, self.cut = 10, False  # the last byte; whether the end came amid a line
 
     def readable(self) -> bool:
         return True
@@ -554,7 +555,12 @@ class _Socket(io.RawIOBase):
         if self.pid != os.getpid():
             raise OSError("a forked process cannot read what its parent has asked for")
         self.sock.settimeout(self.clock.left())
-        return self.sock.recv_into(buffer)
+        size = self.sock.recv_into(buffer)
+        if size:
+            self.last = buffer[size - 1]
+        else:
+            self.cut = self.last != 10
+        return size
 
     def close(self) -> None:
         super().close()
@@ -576,11 +582,11 @@ class _Wire(io.BufferedReader):
     def makefile(self, mode: str) -> _Wire:
         return self
 
-    def ask(self, method: str, target: str, headers: dict[str, str], body: bytes = b"") -> None:
+    def ask(self, method: str, target: str, headers: dict[str, str], body: Any = None) -> None:
         """Send a request; head and body leave together, since apart one waits for the other."""
         fields = [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"])
-        data = memoryview(head.encode("ascii") + body)
+        data = memoryview(head.encode("ascii") + (body or b""))
         sock, clock = self.source.sock, self.source.clock
         for start in range(0, len(data), _SEND_BLOCK):
             sock.settimeout(clock.left())
@@ -656,13 +662,13 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
 _SOUND = {  # in each of these headers at most one value, and one that http.client gets right
-    "content-length": "[0-9]+",
-    "transfer-encoding": "chunked",
-    "content-encoding": "identity",
+    "content-length": r"[0-9]+\s*",
+    "transfer-encoding": "chunked",  # not even with a space behind it
+    "content-encoding": r"identity\s*",
 }
 
 
-class _Call:
+class _Call(urllib.request.Request):
     """One request and its answer; it owns its wire, and gives it back at the end of the body."""
 
     response: http.client.HTTPResponse
@@ -673,30 +679,33 @@ class _Call:
     def __init__(
         self, gateway: _Gateway, clock: _Clock, key: str, extra: dict[str, str], *to_send: Any
     ) -> None:
-        self.method, path, body = to_send
-        self.target = gateway.path + path
+        method, path, body = to_send
+        data = None if body is None else _json_bytes(body)
+        super().__init__(gateway.url + path, data, method=method)
         agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
         self.head = {"User-Agent": agent, "Accept-Encoding": "identity", **extra}
         self.head.update({"Host": gateway.netloc, "Authorization": "Bearer " + key})  # [seed]
-        self.data = b"" if body is None else _json_bytes(body)
-        if self.data:
+        if data is not None:
             self.head["Content-Type"] = "application/json"  # [seed]
+        if data is not None or method in ("PATCH", "POST", "PUT"):
+            self.head["Content-Length"] = str(len(data or b""))
         if gateway.proxy and not gateway.tls:
-            self.target = gateway.url + path
-            self.head.update(gateway.proxy[2])
+            host, port, login = gateway.proxy
+            self.set_proxy(f"{host}:{port}", "http")
+            self.head.update(login)
         self.gateway, self.clock, self.key = gateway, clock, key
-        self.idempotent = self.method in ("GET", "HEAD")
-        if self.data or self.method in ("PATCH", "POST", "PUT"):
-            self.head["Content-Length"] = str(len(self.data))
+        self.idempotent = method in ("GET", "HEAD")
         self.pins: Json = {}
         self.received = bytearray()  # of a body that is read as a whole
 
-    def scrub(self, value: Any) -> Any:
-        """What is quoted from outside, without the key: as it is, and as it is written in JSON."""
+    def scrub(self, value: Any, depth: int = 99) -> Any:
+        """What is quoted from outside, without the key, and so shallow that it pickles."""
+        if isinstance(value, (dict, list)) and not depth:
+            return None
         if isinstance(value, dict):
-            return {self.scrub(name): self.scrub(each) for name, each in value.items()}
+            return {self.scrub(name): self.scrub(each, depth - 1) for name, each in value.items()}
         if isinstance(value, list):
-            return [self.scrub(each) for each in value]
+            return [self.scrub(each, depth - 1) for each in value]
         if not isinstance(value, str):
             return value
         return value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
@@ -732,11 +741,7 @@ class _Call:
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
         told = {"body": self.shown() or None, **vars(error)}
         completion = told.pop("completion", None)  # is the caller's, and stays as it came
-        try:
-            told = self.scrub(told)
-        except RecursionError:
-            told.update(body=None, message=None)  # nested without end
-        vars(error).update(told, completion=completion)
+        vars(error).update(self.scrub(told), completion=completion)
         error.args = (self.scrub(str(error))[:_MESSAGE_LIMIT],)
         error.__context__ = None
         return error
@@ -747,9 +752,9 @@ class _Call:
         self.clock.enter("response")
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             # who closes before it has read all may have said why, 413 say: the answer decides
-            wire.ask(self.method, self.target, self.head, self.data)
+            wire.ask(self.get_method(), self.selector, self.head, self.data)
             self.sent = True
-        self.response = wire.answer(self.method)
+        self.response = wire.answer(self.get_method())
         headers = self.response.headers
         if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
             self.response.headers = http.client.HTTPMessage()
@@ -773,7 +778,7 @@ class _Call:
             reason = "the key is sent to the gateway only: check the base URL"
             raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
         for field in _SOUND.keys() & map(str.lower, headers):
-            values = {value.strip().lower() for value in headers.get_all(field, ())}
+            values = {value.lower() for value in headers.get_all(field, ())}
             if len(values) > 1 or not re.fullmatch(_SOUND[field], values.pop()):
                 what = f"a bad {field}, not what was asked for"
                 raise BadResponseError(f"{name} sent {what}: a proxy may have done it")
@@ -782,9 +787,11 @@ class _Call:
         """Return bytes as soon as there are some, and b"" at the true end of the body."""
         response = self.response
         block = response.read1(_BLOCK)  # read(n) would wait for n bytes
-        # http.client takes a body short of its length for whole, and -5 for the size of a chunk
+        # http.client takes a body short of its length for whole, the 0 of a size that was cut for
+        # the last chunk, and -5 for the size of a chunk
         negative = response.chunked and (response.chunk_left or 0) < 0
-        if negative or (response.length and not block):
+        cut = not block and response.chunked and self.wire and self.wire.source.cut
+        if negative or cut or (response.length and not block):
             raise http.client.IncompleteRead(b"")
         if not block and self.wire:
             response.close()  # before 3.13 a body that was read by read1 never counts as closed
@@ -794,8 +801,9 @@ class _Call:
 
     def close(self) -> None:
         """Hang up, unless the wire was given back."""
-        if self.wire:
-            self.wire.hang_up()
+        wire = self.wire  # once, since another thread may just give it back
+        if wire:
+            wire.hang_up()
 
     def fill(self, limit: int) -> None:
         """Read the body to its end; any byte ends a silence."""
@@ -811,7 +819,8 @@ class _Call:
         wire = self.wire
         if wire and wire.source.pid == os.getpid():  # the answer may be that of a parent process
             with contextlib.suppress(OSError):
-                wire.source.sock.shutdown(socket.SHUT_RDWR)
+                # not that of SSLSocket, which takes TLS away from the thread that is reading
+                socket.socket.shutdown(wire.source.sock, socket.SHUT_RDWR)
 
     def within(self, seconds: float, read: Callable[[], Any]) -> None:
         """Read what is no news any more, for some seconds."""
@@ -826,7 +835,7 @@ class _Call:
         if not self.received:
             # the end of the chunks was seen, too; the end of a head that was cut was not
             empty = self.response.headers.get("Content-Length") == "0" or self.response.chunked
-            if empty or self.response.status == 204 or self.method == "HEAD":
+            if empty or self.response.status == 204 or self.get_method() == "HEAD":
                 return None
             raise http.client.IncompleteRead(b"")
         try:
@@ -992,15 +1001,31 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 _GROWING = frozenset(("content", "reasoning", "reasoning_content", "refusal", "arguments"))
 
 
+def _with_parts(before: Any, value: Any) -> list[Any]:
+    """Where a text comes in parts, thoughts say, all of it becomes a list of parts."""
+    parts = _as(list, before)
+    if before and isinstance(before, bytearray):
+        parts = [{"type": "text", "text": before}]
+    if isinstance(value, list):
+        parts += value
+    elif value and parts and isinstance(_as(dict, parts[-1]).get("text"), bytearray):
+        parts[-1]["text"] += value.encode("utf-8", "surrogatepass")
+    elif value:
+        parts.append({"type": "text", "text": bytearray(value, "utf-8", "surrogatepass")})
+    return parts
+
+
 def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
     """Add a delta: texts, lists and dicts grow, of other values the last one counts."""
     for name, value in piece.items():
         before = kept.get(name)
-        if isinstance(before, bytearray):
+        if isinstance(before, bytearray) and not isinstance(value, list):
             before += _text(value).encode("utf-8", "surrogatepass")
-        elif name in _GROWING and isinstance(value, str):
+        elif name in _GROWING and isinstance(value, str) and not before:
             kept[name] = bytearray(value, "utf-8", "surrogatepass")  # which grows in its place
-        elif name == "tool_calls" and isinstance(value, list):
+        elif name in _GROWING and isinstance(value, (str, list)):
+            kept[name] = _with_parts(before, value)
+        elif name == "tool_calls" and isinstance(value, list) and depth > 0:
             calls = kept[name] = _as(list, before)
             for call in value:  # by index, else by id, else the last one
                 key = next((k for k in ("index", "id") if call.get(k) not in (None, "")), None)
@@ -1008,15 +1033,16 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
                 calls += [] if same else [{}]
                 _merge((same or calls)[-1], call, depth - 1)
         elif isinstance(value, list):
-            kept[name] = [*_as(list, before), *value]
-        elif isinstance(value, dict) and depth:
+            kept[name] = _as(list, before)
+            kept[name] += value
+        elif isinstance(value, dict) and depth > 0:
             kept[name] = _as(dict, before)
             _merge(kept[name], value, depth - 1)
         elif value not in (None, "") or name not in kept:
             kept[name] = value
 
 
-def _plain(value: Any, depth: int = 6) -> Any:
+def _plain(value: Any, depth: int = 9) -> Any:
     """What `_merge` has put together, as plain data that does not change any more."""
     if isinstance(value, bytearray):
         return value.decode("utf-8", "surrogatepass")
@@ -1096,7 +1122,7 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             places = [chunk, *(_as(dict, choice) for choice in _as(list, chunk.get("choices")))]
             said = _said(next((each for each in places if each.get("error")), chunk or data))
             raise StreamError(f"the gateway failed in the stream: {_line(said['message'])}", **said)
-        if chunk:
+        if isinstance(value, dict):
             yield chunk
         elif value and event in ("", "message"):  # other events are not for us [assumption]
             raise StreamError("the stream was cut, or holds what is no JSON object", body=data)
@@ -1221,7 +1247,11 @@ class Stream:
         _check_route(call, self.completion)
         kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
-        page = not first or first.lstrip()[:1] in (b"{", b"[", b"<")
+        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[
+            :1
+        ]  # there may be white space and more to come
+        page = not first or start in (b"{", b"[", b"<")
+        page = page or (not start and kind in ("application/json", "text/html"))
         if kind != "text/event-stream" and page:
             call.received += first
             self._assembly.whole = _whole(call)
@@ -1682,40 +1712,47 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Json]]:
         raise ConfigError(f"{told} ({len(problems)} bad lines, nothing was sent)")
 
 
+def _spent(answer: Completion) -> tuple[Any, ...]:
+    """Tokens, cost, Wh and gCO2e of an answer; None where it gives none."""
+    usage, eco = answer.usage or {}, answer.eco or {}
+    ours = usage.get("total_tokens"), usage.get("cost")
+    return (*ours, eco.get("energy_wh"), eco.get("carbon_g"))
+
+
 def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
-    """Line, id and answer, None for a failure, of what is in OUT; a torn last line is cut off."""
+    """Line, id and answer, None for a failure, of what is in OUT; a torn last line is mended."""
     out.seek(0)
     for line in out:
-        if not line.endswith(b"\n") and line.startswith(b'{"custom_id"'[: len(line)]):
+        record, whole = _parsed(line), line.endswith(b"\n")
+        torn = not whole and not isinstance(record, dict)
+        if torn and line.startswith(b'{"custom_id"'[: len(line)]):
             out.truncate(out.tell() - len(line))
             return
         try:
-            record = json.loads(line)
+            answer = None if record["error"] else Completion(**record["response"]["body"])
             if not isinstance(record["custom_id"], str):
                 raise TypeError
-            answer = None if record["error"] else Completion(**record["response"]["body"])
-            yield line, record["custom_id"], answer
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (TypeError, KeyError):
             raise ConfigError(f"{out.name} is no file that a batch has written") from None
+        yield line, record["custom_id"], answer
+        if not whole:
+            out.write(b"\n")
 
 
 def _rewrite(out: Any, draft: str) -> tuple[str, int]:
     """Rewrite OUT with one line per id; return the totals, and how many lines have failed."""
     last = {custom_id: number for number, (_, custom_id, _) in enumerate(_results(out))}
     spent = []
-    with open(draft, "xb") as file:
+    with open(draft, "wb") as file:
         for number, (line, custom_id, answer) in enumerate(_results(out)):
-            if last[custom_id] != number:
-                continue
-            file.write(line)
-            if answer is not None:
-                usage, eco = answer.usage or {}, answer.eco or {}
-                ours = usage.get("total_tokens"), usage.get("cost")
-                spent.append((*ours, eco.get("energy_wh"), eco.get("carbon_g")))
+            if last[custom_id] == number:
+                file.write(line)
+                spent += [] if answer is None else [_spent(answer)]
         file.flush()
         os.fsync(file.fileno())
     os.chmod(draft, os.stat(out.name).st_mode & 0o777)
-    out.close()  # or Windows would not replace it
+    if os.name == "nt":
+        out.close()  # or it could not be replaced; elsewhere it is locked until then
     os.replace(draft, out.name)
     totals = f"{len(last)} requests, {len(last) - len(spent)} failed"
     for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*spent)):
@@ -1731,7 +1768,9 @@ def _lock(out: Any) -> None:
         from fcntl import LOCK_EX, LOCK_NB, flock
 
         flock(out, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(out.fileno()), os.stat(out.name)):
+            raise BlockingIOError  # another run has just replaced it
+    except (BlockingIOError, FileNotFoundError):
         raise ConfigError(f"{out.name} is in use: give each run and each shard its own") from None
     except (ImportError, OSError):
         pass  # Windows, and file systems without locks
@@ -1746,6 +1785,7 @@ class _Batch:
         self.client, self.jobs, self.out, self.total = client, jobs, out, total
         self.stop, self.lock = Event(), Condition()  # whose holder uses `jobs`, `out` and counts
         self.working, self.done, self.failed, self.problem, self.quiet = 0, 0, 0, "", False
+        self.torn = False
         self.broken: Exception | None = None
         self.began = self.start = time.monotonic()  # before `start` nobody sends
 
@@ -1764,21 +1804,27 @@ class _Batch:
                 break
             except (LowRouterError, TypeError) as failure:
                 names = ("status", "request_id", "body", "retry_after", "code")
-                *said, wait, code = (getattr(failure, name, None) for name in names)
+                *said, told, code = (getattr(failure, name, None) for name in names)
                 error = {"code": code or type(failure).__name__, "message": str(failure)}
-                wait = pause if wait is None else wait
-                if wait > _LONGEST_PAUSE or isinstance(failure, _HOPELESS):
+                if (told or 0) > _LONGEST_PAUSE or isinstance(failure, _HOPELESS):
                     self.stop.set()
                 if not pause or not getattr(failure, "retryable", False):
                     break
-            self.start = max(self.start, time.monotonic() + wait)
+            if told is None and said[0] != 429:
+                self.stop.wait(pause)  # that is no reason for the others to wait
+            else:
+                wait = pause if told is None else told
+                self.start = max(self.start, time.monotonic() + wait)
         response = dict(zip(("status_code", "request_id", "body"), said)) if said[0] else None
         return {"custom_id": custom_id, "response": response, "error": error}
 
     def write(self, record: Json) -> None:
-        line = json.dumps(record, ensure_ascii=False) + "\n"
+        if self.torn:
+            return  # behind half a line nothing may stand
+        line, self.torn = json.dumps(record, ensure_ascii=False) + "\n", True
         self.out.write(line.encode("utf-8", "backslashreplace"))
         self.out.flush()
+        self.torn = False
         self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
         self.problem = self.problem or (record["error"] or {}).get("message", "")
 
@@ -1845,22 +1891,27 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
     with open(words[0], "rb") as source, open(os.path.realpath(words[1]), "a+b") as out:
         if not os.path.isfile(out.name) or not source.seekable():
             raise ConfigError("IN and OUT must be regular files")
+        if os.path.sameopenfile(source.fileno(), out.fileno()):
+            raise ConfigError("IN and OUT must be two files")
         lines = {custom_id: number for number, custom_id, _ in _jobs(source)}
         source.seek(0)
         _lock(out)
         done = {custom_id: answer is not None for _, custom_id, answer in _results(out)}
         todo = {i for i, n in lines.items() if (n - part) % parts == 0 and not done.get(i)}
         jobs = ((custom_id, body) for _, custom_id, body in _jobs(source) if custom_id in todo)
-        batch, draft = _Batch(client, jobs, out, len(todo)), f"{out.name}.{os.getpid()}"
-        batch.quiet = "q" in options
+        batch = _Batch(client, jobs, out, len(todo))
+        batch.quiet, draft = "q" in options, out.name + ".lowrouter"
         try:
             batch.run(int(workers))
             totals, failed = _rewrite(out, draft)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.unlink(draft)
+                out.close()  # which fails again, and then had the last word
             kept = "what was written is kept: make room and run the same command again"
             raise OSError(f"{words[1]} cannot be written ({error.strerror}); {kept}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
     hint = f"; first: {batch.problem}; the same command sends again what failed or is left"
     _put(totals + hint * bool(batch.problem) + "\n", sys.stderr)
     return 9 if failed or batch.stop.is_set() else 0
@@ -1940,7 +1991,7 @@ def main(argv: list[str] | None = None) -> int:
         status, text = 130, "lowrouter: interrupted"
         text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
         text = "\n" * sys.stdout.isatty() + text
-    except (LowRouterError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # one line, whatever it is
         status, text = _exit_status(error), "lowrouter: " + " ".join(str(error).split())
         text += type(error).__name__ * (not str(error))
         if "--json" in argv:
