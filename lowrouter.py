@@ -998,7 +998,9 @@ def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
 
-_GROWING = frozenset(("content", "reasoning", "reasoning_content", "refusal", "arguments"))
+_GROWING = frozenset(
+    ("content", "reasoning", "reasoning_content", "refusal", "arguments", "data", "transcript")
+)
 
 
 def _with_parts(before: Any, value: Any) -> list[Any]:
@@ -1247,12 +1249,9 @@ class Stream:
         _check_route(call, self.completion)
         kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
         first = b"" if kind == "text/event-stream" else next(blocks, b"")
-        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[
-            :1
-        ]  # there may be white space and more to come
-        page = not first or start in (b"{", b"[", b"<")
-        page = page or (not start and kind in ("application/json", "text/html"))
-        if kind != "text/event-stream" and page:
+        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # of data, event, id, retry or a comment
+        streams = start in (b"d", b"e", b"i", b"r", b":") or kind == "text/event-stream"
+        if not (streams or (first and not start and kind == "text/plain")):
             call.received += first
             self._assembly.whole = _whole(call)
             chunk = Chunk(self._assembly.whole)

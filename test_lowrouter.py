@@ -1182,6 +1182,20 @@ class TestErrors(Played):
                     self.assertEqual((error.code, error.status, error.phase), ("c", 418, "idle"))
                     self.assertEqual(error.headers["x-lowrouter-region"], "eu-west")
 
+    def test_errors_that_quote_deep_json_pickle(self) -> None:
+        for depth in (50, 300, 500, 700, 900):
+            deep = "[" * depth + "]" * depth
+            for name, step in {
+                "refusal": http(f'{{"error": {{"message": "no", "code": {deep}}}}}', "400 No"),
+                "answer": http(f'{{"error": {{"message": "no", "metadata": {deep}}}}}'),
+                "no answer": http(deep),
+            }.items():
+                with self.subTest(name, depth=depth):
+                    self.stub.play(step)
+                    error = self.failure(lowrouter.LowRouterError, self.client().chat, "Hi")
+                    again = pickle.loads(pickle.dumps(error))
+                    self.assertEqual((str(again), again.message), (str(error), error.message))
+
     def test_each_status_has_its_class_and_carries_what_the_gateway_said(self) -> None:
         table = {
             400: lowrouter.APIStatusError,
@@ -2011,6 +2025,7 @@ class TestStreams(Played):
             ("", "application/json", ""),
             ("<html>Sign in</html>", "text/html", "a proxy answered, not LowRouter"),
             ("\n <!doctype html>", "text/plain", "a proxy answered, not LowRouter"),
+            ("null", "application/json", ""),
         ]
         client = self.client()
         for body, content_type, hint in table:
@@ -2019,6 +2034,20 @@ class TestStreams(Played):
                 error = self.failure(lowrouter.BadResponseError, client.stream, "Hi")
                 self.assertIn(hint, str(error))
                 self.assertIsNone(error.completion)
+
+    def test_white_space_that_comes_first_changes_nothing(self) -> None:
+        failed, kind = {"error": {"message": "overloaded"}}, "Content-Type: application/json"
+        for space in (b"\n", b" \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n "):
+            for first in (space, b""):  # in a block of its own, and in that of the answer
+                rest = b"" if first else space
+                begun = head("200 OK", kind, "Transfer-Encoding: chunked")
+                begun += chunked(first, end=False) if first else b""
+                with self.subTest(space=space, first=first):
+                    self.stub.play(begun, chunked(rest + json.dumps(ANSWER).encode()))
+                    self.assertEqual(self.client().stream("Hi").result().text, "Hello")
+                    self.stub.play(begun, chunked(rest + json.dumps(failed).encode()))
+                    error = self.failure(lowrouter.BadResponseError, self.client().stream, "Hi")
+                    self.assertEqual(error.message, "overloaded")
 
     def test_a_refusal_is_raised_by_stream_itself(self) -> None:
         client = self.client(max_retries=0)
@@ -2159,6 +2188,40 @@ class TestStreams(Played):
         answer = self.stream(sse(*odd, delta(None, "stop"))).result()
         self.assertEqual(answer.message["annotations"], [{"a": 1}, {"b": 2}])
         self.assertEqual(answer.message["new"], "y")
+
+    def test_a_text_that_comes_in_parts_loses_none_of_them(self) -> None:
+        def part(text: str) -> list:
+            return [{"type": "text", "text": text}]
+
+        thought, image = [{"type": "thinking", "thinking": part("hm")}], [{"type": "image_url"}]
+        table = (
+            ([part("Hello "), "world"], "Hello world", [*part("Hello "), *part("world")]),
+            (["Hello ", part("world")], "Hello world", [*part("Hello "), *part("world")]),
+            ([part("a"), part("b"), ""], "ab", [*part("a"), *part("b")]),
+            ([part("a"), None], "a", part("a")),
+            ([thought, "4", "2"], "42", [*thought, *part("42")]),
+            (["see ", image, "there"], "see there", [*part("see "), *image, *part("there")]),
+        )
+        for contents, text, whole in table:
+            for field in ("content", "reasoning"):
+                with self.subTest(contents=contents, field=field):
+                    events = [delta(**{field: each}) for each in contents]
+                    answer = self.stream(sse(*events, delta(finish="stop"))).result()
+                    shown = answer.text if field == "content" else answer.reasoning
+                    self.assertEqual((shown, answer.message[field]), (text, whole))
+                    self.assertEqual(json.loads(json.dumps(answer)), answer)
+
+    def test_sound_is_put_together(self) -> None:
+        sound = [delta(audio={"id": "a", "data": "QU"}), delta(audio={"data": "JD", "id": "a"})]
+        answer = self.stream(sse(*sound, delta(finish="stop"))).result()
+        self.assertEqual(answer.message["audio"], {"id": "a", "data": "QUJD"})
+
+    def test_calls_within_calls_are_plain_data(self) -> None:
+        call = {"index": 0, "function": {"arguments": "{}"}}
+        for _ in range(9):
+            call = {"index": 0, "content": "x", "tool_calls": [call]}
+        answer = self.stream(sse(delta(tool_calls=[call]), delta(finish="stop"))).result()
+        self.assertEqual(json.loads(json.dumps(answer)), answer)
 
     def test_logprobs_are_put_together(self) -> None:
         def with_logprobs(token: str, finish: object = None) -> dict:
@@ -3382,6 +3445,33 @@ class TestTime(Timed):
                     "deadline", lambda: self.remote(url, timeout=60, deadline=0.1).chat("Hello")
                 )
 
+    @unittest.skipUnless(sys.platform == "linux", "a full backlog drops connections on Linux")
+    def test_the_addresses_of_a_name_are_tried_in_turn_and_share_the_time(self):
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            for _ in range(4):
+                sock = stack.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            dead, live = listener.getsockname(), self.stub.server.server_address[:2]
+            real, found = socket.getaddrinfo, []
+
+            def resolve(host, *args, **kwargs):
+                if host == "many.invalid":
+                    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in found]
+                return real(host, *args, **kwargs)
+
+            stack.enter_context(mock.patch("socket.getaddrinfo", resolve))
+            url = "http://many.invalid"
+            found[:] = [dead, dead, live]
+            client = self.remote(url, timeout=0.6, allow_http=True)
+            self.assertEqual(client.chat("Say hello").text, "Hello!")
+            found[:] = [dead] * 4
+            client = self.remote(url, timeout=0.4, allow_http=True)
+            self.assert_times_out("connect", lambda: client.chat("Hello"), 0.4)
+            client = self.remote(url, timeout=60, deadline=0.2, allow_http=True)
+            self.assert_times_out("deadline", lambda: client.chat("Hello"), 0.2)
+
     def test_a_tls_server_that_is_silent_or_drips_is_left_in_time(self):
         # 0x16 0x03 0x03 and a length begin a handshake record that never ends
         for serve in (never_speaks, drips(b"\x16\x03\x03\x3f\x00", b"\x02")):
@@ -3477,6 +3567,10 @@ class TestTime(Timed):
         self.stub.play(STREAM_HEAD, Drip(event, 0.05, 6), rest)
         text = self.client(timeout=0.2).stream("Hello").result().text
         self.assertEqual(text, "x" * 6)
+        nothing_new = chunked(b"data: {}\n\n", end=False)
+        self.stub.play(STREAM_HEAD, Drip(nothing_new, 0.05, 6), event, rest)
+        text = self.client(timeout=0.2).stream("Hello").result().text
+        self.assertEqual(text, "x")
 
     def test_the_time_for_which_the_caller_holds_a_chunk_is_no_silence(self):
         begun = STREAM_HEAD + chunked(sse(delta("x"), done=False), end=False)
@@ -3911,6 +4005,7 @@ class TestTruncation(Clean):
             "length too long": head("200 OK", "Content-Length: 999") + body,
             "negative length, cut": head("200 OK", "Content-Length: -1") + body[:-1],
             "garbage length, cut": head("200 OK", "Content-Length: abc") + body[:-1],
+            "chunked and a space": head("200 OK", "Transfer-Encoding: chunked ") + chunked(body),
             "gzip, chunked": head("200 OK", "Transfer-Encoding: gzip, chunked") + chunked(body),
             "HTTP/0.9": body,
             "garbage status line": b"HTTP/1.1 two hundred\r\n\r\n" + body,
@@ -3935,6 +4030,18 @@ class TestTruncation(Clean):
                             answer.result()
                     self.assertIsNone(caught.exception.completion)
                     self.assertNotIn("\n", str(caught.exception))
+
+    def test_a_cut_in_the_size_of_a_chunk_is_a_cut_also_behind_zeros(self):
+        body = json.dumps({"data": []}).encode()
+        sized = b"%08x\r\n" % len(body) + body + b"\r\n00000000\r\n\r\n"
+        start = head("200 OK", "Transfer-Encoding: chunked")
+        for end in (*range(1, 10), len(sized) - 13, len(sized) - 9, len(sized) - 5):
+            with self.subTest(sized[:end]):
+                self.stub.play(start + sized[:end], CUT)
+                with self.assertRaises(lowrouter.BadResponseError):
+                    self.client(max_retries=0).request("GET", "/providers")
+        self.stub.play(start + sized)
+        self.assertEqual(self.client().request("GET", "/providers"), {"data": []})
 
     def test_a_whole_answer_in_odd_framing_is_that_answer_or_an_error(self):
         body = json.dumps(whole_answer()).encode()
@@ -5752,6 +5859,7 @@ class TestCommandLine(_Commands):
             ["chat", "--provider=", "Hello"],
             ["batch", *batch, "--shard", ""],
             ["batch", *batch, "--workers", ""],
+            ["batch", *batch, "--workers", "inf"],
             ["batch", self.path("missing.jsonl"), self.path("out.jsonl")],
             ["generation"],
             ["generation", ".."],
@@ -6191,6 +6299,50 @@ class TestBatch(_Commands):
         self.assertIn("out.jsonl is in use", second[1])
         self.assertEqual((len(self.sent()), len(self.results())), (3, 3))
 
+    @unittest.skipUnless(importlib.util.find_spec("fcntl"), "no locks here")
+    def test_an_out_that_another_run_has_just_replaced_is_refused(self) -> None:
+        source, out = self.numbered(3), self.path("out.jsonl", "")
+        real = os.fstat
+
+        def replaced(descriptor: int) -> os.stat_result:
+            if os.path.exists(self.path("new")):
+                os.replace(self.path("new"), out)  # between the opening and the lock
+            return real(descriptor)
+
+        self.path("new", "")
+        with mock.patch("os.fstat", replaced):
+            self.assertEqual(self.batch(source), 2)
+        self.assertIn("out.jsonl is in use", self.err)
+        self.assertEqual(self.sent(), [])
+
+    def test_in_and_out_are_two_files(self) -> None:
+        line = json.dumps(self.job("a"))
+        source = self.path("in.jsonl", line)  # without an end of line: it looks torn
+        for out in (source, self.path("other.jsonl", line)):
+            self.assertEqual(self.run_main("batch", source, out), 2)
+            with open(out, encoding="utf-8") as file:
+                self.assertEqual(file.read(), line)
+        self.assertEqual(self.sent(), [])
+
+    def test_what_a_killed_run_left_is_overwritten_and_removed(self) -> None:
+        source = self.numbered(2)
+        self.path("out.jsonl.lowrouter", "half of a draft")
+        self.assertEqual(self.batch(source), 0)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["in.jsonl", "out.jsonl"])
+        self.assertEqual(len(self.results()), 2)
+
+    def test_a_line_that_fails_again_and_again_does_not_stop_the_others(self) -> None:
+        failed, order = [], []
+        self.stub.play(http({"error": "no"}, "500 Oh"))
+        for _ in range(20):
+            self.stub.play(lambda _: order.append(1), http(self.answer()))
+        with mock.patch.object(
+            threading.Event, "wait", lambda _, seconds=0: failed.append(seconds)
+        ):
+            self.assertEqual(self.batch(self.numbered(20), "--workers", "1"), 0)
+        self.assertEqual([pause for pause in failed if pause], [0.5])
+        self.assertEqual(len(order), 20)
+
     @unittest.skipUnless(os.name == "posix", "other modes here")
     def test_out_keeps_its_mode_and_its_neighbours(self) -> None:
         source, out = self.numbered(2), self.path("out.jsonl")
@@ -6289,7 +6441,7 @@ class TestBatch(_Commands):
         folder = os.path.dirname(os.path.abspath(lowrouter.__file__))
         process = self.spawn("batch", source, out, "-q", code=code, cwd=folder)
         self.assertEqual(self.finish(process), 1)
-        self.assertRegex(self.err, r"\Alowrouter: .*too large.*\n\Z")
+        self.assertRegex(self.err, r"\Alowrouter: .*out.jsonl .*too large.* run the same .*\n\Z")
         written = self.size(out)
         self.assertGreater(written, 0)
         self.assertEqual(self.batch(source), 0)
