@@ -1826,6 +1826,8 @@ class _Batch:
         self.torn = False
         self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
         self.problem = self.problem or (record["error"] or {}).get("message", "")
+        if not self.quiet:
+            self.show()
 
     def show(self) -> None:
         """Tell how far it is: by a bar on a terminal, elsewhere by a line for each tenth."""
@@ -1834,8 +1836,6 @@ class _Batch:
         tenths, rate = 10 * self.done // self.total, self.done / (time.monotonic() - self.began)
         text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s"
         text += f", {(self.total - self.done) / rate:.0f} s left"
-        if self.quiet:
-            return
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             bar, width = f"[{'#' * tenths:<10}] {text}", get_terminal_size().columns - 1
             end = "\r" if self.done < self.total else "\n"
@@ -1853,7 +1853,6 @@ class _Batch:
                     break
                 with self.lock:
                     self.write(record)
-                    self.show()
         except Exception as error:
             self.broken = error
             self.stop.set()
