@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     Json = dict[str, Any]  # an object
     T = TypeVar("T")
 
-__version__ = "0.9.0"
+__version__ = "1.0.0"
 __all__ = [
     "APIConnectionError", "APIStatusError", "APITimeoutError", "AuthenticationError",
     "BadResponseError", "Chunk", "Client", "Completion", "ConfigError",
@@ -283,11 +283,12 @@ _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for
 
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
+    text = text.lstrip(" \t\r\n")
     try:
-        value, end = _scan(text.lstrip(" \t\r\n"))
+        value, end = _scan(text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
-    if text.lstrip(" \t\r\n")[end:].strip(" \t\r\n"):
+    if text[end:].strip(" \t\r\n"):
         raise ValueError("more than one JSON value")
     return value
 
@@ -1517,11 +1518,11 @@ _CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # characters that a terminal obeys
 _UNITS = {"energy_wh": "Wh", "carbon_g": "gCO2e", "latency_ms": "ms", "cost_credits": "credits"}
 _TABLE = {"ID": "^id$", "CONTEXT": "context", "ECO": "^eco|band", "PRICE": "pric|cost"}
 _TABLE.update({"REGIONS": "region", "CAPABILITIES": "capabilit|_use$|vision|_output$"})
-_CELL = 12  # characters that a cell of this table keeps on a narrow terminal
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line in a batch
+_CELL = 12  # characters that a cell keeps on a narrow terminal: of most names enough to tell
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
 _LONGEST_PAUSE = 60.0  # seconds; who is put off for longer has to run the batch again
 _HOPELESS = (AuthenticationError, InsufficientCreditsError)  # the other lines would fare no better
-_PATIENCE = 5.0  # seconds that Ctrl-C leaves to the requests that are under way
+_PATIENCE = 5.0  # seconds that Ctrl-C leaves to what is under way: who waits longer presses again
 
 
 def _put(text: str, stream: Any) -> None:
@@ -1755,7 +1756,8 @@ def _rewrite(out: Any, draft: str) -> tuple[str, int]:
     os.replace(draft, out.name)
     totals = f"{len(last)} requests, {len(last) - len(spent)} failed"
     for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*spent)):
-        given = [number for number in column if isinstance(number, (int, float))]
+        numbers = [number for number in column if isinstance(number, (int, float))]
+        given = [number for number in numbers if abs(number) < 1e15]  # not NaN, nor out of range
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
         totals += f", {sum(given):,.9g} {name}{none}"
     return totals, len(last) - len(spent)
