@@ -31,6 +31,7 @@ import json
 import os
 import random
 import re
+import select
 import socket
 import ssl
 import sys
@@ -539,6 +540,15 @@ class _Clock:
         return True
 
 
+def _has_news(sock: socket.socket) -> bool:
+    """Whether something can be read at once: bytes, the end or an error."""
+    if not hasattr(select, "poll"):
+        return bool(select.select([sock], [], [], 0)[0])  # Windows
+    poll = select.poll()  # which knows no limit of descriptors
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class _Socket(io.RawIOBase):
     """The receiving end of a socket; before every wait it asks the clock of the present call."""
 
@@ -550,12 +560,18 @@ class _Socket(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def arm(self) -> None:
+        """Bound the next wait; not for a millisecond's sake, since all threads queue for that."""
+        left = self.clock.left()
+        if abs((self.sock.gettimeout() or 0.0) - left) > 0.001:
+            self.sock.settimeout(left)
+
     def readinto(self, buffer: Any) -> int | None:
         if self.clock is None:
             return None
         if self.pid != os.getpid():
             raise OSError("a forked process cannot read what its parent has asked for")
-        self.sock.settimeout(self.clock.left())
+        self.arm()
         size = self.sock.recv_into(buffer)
         if size:
             self.last = buffer[size - 1]
@@ -588,12 +604,12 @@ class _Wire(io.BufferedReader):
         fields = [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"])
         data = memoryview(head.encode("ascii") + (body or b""))
-        sock, clock = self.source.sock, self.source.clock
         for start in range(0, len(data), _SEND_BLOCK):
-            sock.settimeout(clock.left())
-            sock.sendall(data[start : start + _SEND_BLOCK])
-            if clock.phase == "response":
-                clock.enter("response")  # a block ends a wait, the last begins that for the answer
+            self.source.arm()
+            self.source.sock.sendall(data[start : start + _SEND_BLOCK])
+            if self.source.clock.phase == "response":
+                # a block ends a wait, and the last one begins that for the answer
+                self.source.clock.enter("response")
 
     def answer(self, method: str) -> http.client.HTTPResponse:
         """The head of the answer; waits through 102 and 103 too, where http.client skips 100."""
@@ -610,18 +626,13 @@ class _Wire(io.BufferedReader):
 
     def fresh(self) -> bool:
         """Whether it can be used again: not idle for long, and nothing came, not even the end."""
-        source, sock = self.source, self.source.sock
-        source.clock = None
+        sock, self.source.clock = self.source.sock, None
         try:
-            if self.peek(1) or self.stale() or source.pid != os.getpid():
+            if self.peek(1) or self.stale() or self.source.pid != os.getpid():
                 return False  # what is left of the last answer nobody asked for
-            sock.settimeout(0)
-            socket.socket.recv(sock, 1, socket.MSG_PEEK)  # below TLS, which takes 20 us to look
-        except BlockingIOError:
-            return not getattr(sock, "pending", int)()
+            return not _has_news(sock) and not getattr(sock, "pending", int)()
         except (OSError, ValueError):
-            pass  # lost, or closed
-        return False
+            return False  # it was closed
 
     def close(self) -> None:
         pass
