@@ -971,7 +971,7 @@ class _Transport:
 # ---- server-sent events: blocks -> lines -> events; WHATWG's rules, knowing neither JSON nor us --
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
+def _lines(blocks: Iterable[bytes]) -> Iterator[list[str]]:
     """Split at LF, CR and CRLF and nowhere else, then decode, so that no character is ever cut."""
     rest = bytearray()
     after_cr, codec = False, "utf-8-sig"  # one BOM may lead
@@ -985,16 +985,16 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
             text = rest.decode(codec, "replace")
             rest, codec = bytearray(block[end:]), "utf-8"
             text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-            yield from text[:-1].split("\n")
+            yield text[:-1].split("\n")
         elif len(rest) > _EVENT_LIMIT:
             raise StreamError(f"a line of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
-    yield rest.decode(codec, "replace")
+    yield [rest.decode(codec, "replace")]
 
 
-def _events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _events(lines: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
     """Yield (event, data) where there is data; an unfinished last event counts too [assumption]."""
     event = data = ""
-    for line in itertools.chain(lines, [""]):
+    for line in itertools.chain.from_iterable(itertools.chain(lines, [[""]])):
         name, _, value = line.partition(":")
         if name == "data":
             data += (value[1:] if value.startswith(" ") else value) + "\n"
@@ -1082,10 +1082,12 @@ class _Assembly:
 
     def add(self, chunk: Chunk) -> None:
         self.fields.update(chunk)
-        self.usage = chunk.get("usage") or self.usage
+        if chunk.get("usage"):
+            self.usage = chunk["usage"]
         if "lowrouter" in chunk:
             self.routed.update(_as(dict, chunk["lowrouter"]))
-        for position, choice in enumerate(_as(list, chunk.get("choices"))):
+        choices = chunk.get("choices")
+        for position, choice in enumerate(choices if isinstance(choices, list) else ()):
             if not isinstance(choice, dict):
                 continue
             index = choice.get("index")
@@ -1093,12 +1095,12 @@ class _Assembly:
             kept = self.choices.get(index)
             if kept is None:
                 kept = self.choices[index] = {"index": index, "message": {"role": "assistant"}}
-            for name, value in choice.items():
-                if name == "delta" or (name == "message" and "delta" not in choice):
-                    _merge(kept["message"], value or {})
-                elif value is not None and name not in ("index", "message"):
-                    _merge(kept, {name: value})
-                    self.failed |= name == "finish_reason" and value == "error"
+            _merge(kept["message"], choice.get("delta") or choice.get("message") or {})
+            if len(choice) > 3 or choice.get("finish_reason"):  # more than most choices have
+                known = ("index", "delta", "message")
+                others = {k: v for k, v in choice.items() if v is not None and k not in known}
+                _merge(kept, others)
+                self.failed |= others.get("finish_reason") == "error"
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
