@@ -76,7 +76,7 @@ _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
 _MESSAGE_LIMIT = 400  # characters of an error's message: some lines of a terminal
-_EVENT_LIMIT = 1 << 24  # bytes of a line or an event of a stream: an image in base64 fits
+_EVENT_LIMIT = 1 << 24  # bytes in memory of a line or an event: an image in base64 fits
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
 # ---- answers: plain data -------------------------------------------------------------------------
@@ -993,19 +993,20 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[list[str]]:
 
 def _events(lines: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
     """Yield (event, data) where there is data; an unfinished last event counts too [assumption]."""
-    event = data = ""
+    event, data, size = "", [], 0
     for line in itertools.chain.from_iterable(itertools.chain(lines, [[""]])):
         name, _, value = line.partition(":")
         if name == "data":
-            data += (value[1:] if value.startswith(" ") else value) + "\n"
-            if len(data) > _EVENT_LIMIT:
+            data.append(value[1:] if value.startswith(" ") else value)
+            size += sys.getsizeof(value)  # a short line takes ten times its length
+            if size > _EVENT_LIMIT:
                 raise StreamError(f"an event of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
         elif name == "event":
             event = value.strip()
         elif not line:
             if data:
-                yield event, data[:-1]
-            event = data = ""
+                yield event, "\n".join(data)
+            event, data, size = "", [], 0
 
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
