@@ -1087,8 +1087,8 @@ class _Assembly:
             self.usage = chunk["usage"]
         if "lowrouter" in chunk:
             self.routed.update(_as(dict, chunk["lowrouter"]))
-        choices = chunk.get("choices")
-        for position, choice in enumerate(choices if isinstance(choices, list) else ()):
+        choices: Any = chunk.get("choices")
+        for position, choice in enumerate(choices if isinstance(choices, list) else []):
             if not isinstance(choice, dict):
                 continue
             index = choice.get("index")
@@ -1791,6 +1791,19 @@ def _lock(out: Any) -> None:
         pass  # Windows, and file systems without locks
 
 
+def _record(custom_id: str, outcome: Any) -> Json:
+    """The line of OUT for an answer or an error, in the shape of OpenAI's batches."""
+    headers: Any = getattr(outcome, "headers", None) or {}
+    status: Any = 200
+    body, error = outcome, None
+    if isinstance(outcome, Exception):
+        status, body, code = (getattr(outcome, name, None) for name in ("status", "body", "code"))
+        error = {"code": code or type(outcome).__name__, "message": str(outcome)}
+    request_id = headers.get("X-Request-Id")
+    response = {"status_code": status, "request_id": request_id, "body": body}
+    return {"custom_id": custom_id, "response": response if status else None, "error": error}
+
+
 class _Batch:
     """Requests under way: each worker takes a job, sends it and writes its result, and so on."""
 
@@ -1807,31 +1820,27 @@ class _Batch:
     def ask(self, custom_id: str, body: Json) -> Json | None:
         """Send a request and return its line for OUT, None when the batch has been stopped."""
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
+        outcome: Any = None
         for pause in _PAUSES:
             while self.start > time.monotonic() and not self.stop.is_set():
                 self.stop.wait(self.start - time.monotonic())
             if self.stop.is_set():
                 return None
             try:
-                answer: Any = self.client.chat(**body)
-                said: Any = (200, answer.headers.get("X-Request-Id"), answer)
-                error = None
+                outcome = self.client.chat(**body)
                 break
-            except (LowRouterError, TypeError) as failure:
-                names = ("status", "request_id", "body", "retry_after", "code")
-                *said, told, code = (getattr(failure, name, None) for name in names)
-                error = {"code": code or type(failure).__name__, "message": str(failure)}
-                if (told or 0) > _LONGEST_PAUSE or isinstance(failure, _HOPELESS):
-                    self.stop.set()
-                if not pause or not getattr(failure, "retryable", False):
-                    break
-            if told is None and said[0] != 429:
+            except (LowRouterError, TypeError) as error:
+                outcome = error
+            told = getattr(outcome, "retry_after", None)
+            if (told or 0) > _LONGEST_PAUSE or isinstance(outcome, _HOPELESS):
+                self.stop.set()
+            if not pause or not getattr(outcome, "retryable", False):
+                break
+            if told is None and not isinstance(outcome, RateLimitError):
                 self.stop.wait(pause)  # that is no reason for the others to wait
             else:
-                wait = pause if told is None else told
-                self.start = max(self.start, time.monotonic() + wait)
-        response = dict(zip(("status_code", "request_id", "body"), said)) if said[0] else None
-        return {"custom_id": custom_id, "response": response, "error": error}
+                self.start = max(self.start, time.monotonic() + (pause if told is None else told))
+        return _record(custom_id, outcome)
 
     def write(self, record: Json) -> None:
         if self.torn:
