@@ -1940,6 +1940,11 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
     return 9 if failed or batch.stop.is_set() else 0
 
 
+def _readable(text: str) -> str:
+    """An argument as UTF-8, whatever the locale made of it."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
     """Command, options and words, by what the help says of them."""
     from getopt import GetoptError, gnu_getopt
@@ -1958,6 +1963,9 @@ def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
     except GetoptError as error:
         hint = "see --help, and put -- before a prompt that begins with a dash"
         raise ConfigError(f"{error}; {hint}") from None
+    # names of files are left as they are
+    pairs = [(name, value if name == "--body" else _readable(value)) for name, value in pairs]
+    words = words if command == "batch" else [*map(_readable, words)]
     needs = {dash + name for dash, name, value in known if value and name != "s"}
     for name, value in pairs:
         if name in needs and not value:  # an unset variable must not lift a pin or a shard
@@ -2006,7 +2014,6 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, ValueError):  # a test's, or in use already
             getattr(sys, name).reconfigure(encoding="utf-8", errors=errors, newline="\n")
     try:
-        argv = [each.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for each in argv]
         return _run(argv)
     except BrokenPipeError:
         return 0  # the reader has had enough

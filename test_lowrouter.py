@@ -6068,6 +6068,22 @@ class TestCommandLine(_Commands):
         process = self.spawn("chat", b"\xff", env=dict(environment, PYTHONIOENCODING="ascii"))
         self.assertEqual(self.finish(process), 0)
 
+    @unittest.skipUnless(sys.platform == "linux", "names of files are bytes on Linux")
+    def test_a_file_may_have_any_name_whatever_the_locale(self) -> None:
+        plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        line = '{"messages": [{"role": "user", "content": "Say hello"}]}\n'
+        for name in ("é in", "\udcff"):
+            source, out = self.path(name, line), self.path(name + ".out")
+            for environment in ({}, plain):
+                with self.subTest(name=name, environment=environment):
+                    process = self.spawn("batch", source, out, env={**os.environ, **environment})
+                    self.assertEqual(self.finish(process), 0)
+                    self.assertTrue(os.path.exists(out))
+                    process = self.spawn(
+                        "chat", "--body", source, env={**os.environ, **environment}
+                    )
+                    self.assertEqual((self.finish(process), self.out), (0, "Hello!"))
+
     def test_ctrl_c_is_130_and_no_traceback(self) -> None:
         self.stub.play(STREAM_HEAD, chunked(sse(delta("one"), done=False), end=False), STALL)
         process = self.spawn("chat", "Hello", stdin=subprocess.DEVNULL)
