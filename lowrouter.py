@@ -383,7 +383,7 @@ def _checked_headers(headers: Any) -> dict[str, str]:
         plain = isinstance(value, str) and re.fullmatch(r"[\t\x20-\x7e]*", value)
         if not known or not plain or name.lower() in _OUR_HEADERS:
             raise ConfigError(f"header {name!r} is set by the client itself, or no printable ASCII")
-    return dict(headers)
+    return {"User-Agent" if n.lower() == "user-agent" else n: v for n, v in headers.items()}
 
 
 def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
@@ -689,14 +689,13 @@ class _Call(urllib.request.Request):
     streams = sent = abandoned = False
 
     def __init__(
-        self, gateway: _Gateway, clock: _Clock, key: str, extra: dict[str, str], *to_send: Any
+        self, gateway: _Gateway, clock: _Clock, key: str, method: str, path: str, body: Any
     ) -> None:
-        method, path, body = to_send
         data = None if body is None else _json_bytes(body)
         super().__init__(gateway.url + path, data, method=method)
         agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
-        self.head = {"User-Agent": agent, "Accept-Encoding": "identity", **extra}
-        self.head.update({"Host": gateway.netloc, "Authorization": "Bearer " + key})  # [seed]
+        self.head = {"Host": gateway.netloc, "Authorization": "Bearer " + key}  # [seed]
+        self.head.update({"User-Agent": agent, "Accept-Encoding": "identity"})
         if data is not None:
             self.head["Content-Type"] = "application/json"  # [seed]
         if data is not None or method in ("PATCH", "POST", "PUT"):
@@ -1367,7 +1366,9 @@ class Client:
     def _call(self, method: str, path: str, body: Any = None, options: Json | None = None) -> _Call:
         given = {name: value for name, value in (options or {}).items() if value is not None}
         clock = _Clock(given.get("timeout", self._timeout), given.get("deadline", self._deadline))
-        return _Call(self._gateway, clock, self._key.current(), self._headers, method, path, body)
+        call = _Call(self._gateway, clock, self._key.current(), method, path, body)
+        call.head.update(self._headers)
+        return call
 
     def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
         body = _chat_body(messages, streams, self._model, self._route, options)

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import datetime
 import email.utils
+import faulthandler
 import gc
 import glob
 import gzip
@@ -1429,6 +1430,11 @@ class TestRequest(Played):
             self.assertEqual(request.headers["X-LowRouter-Region"], "eu-west")
             self.assertEqual(request.headers["X-Title"], "a b")
             self.assertEqual(request.headers["Authorization"], "Bearer " + KEY)
+
+    def test_a_name_for_the_agent_takes_the_place_of_ours(self) -> None:
+        for name in ("User-Agent", "user-agent"):
+            self.client(headers={name: "mine/1"}).chat("Hi")
+            self.assertEqual(self.stub.requests[-1].headers.get_all("User-Agent"), ["mine/1"])
 
     def test_headers_that_are_ours_or_cannot_be_sent_are_refused(self) -> None:
         table = [
@@ -6747,6 +6753,9 @@ class _Result(unittest.TextTestResult):
         return self.passed, failed, len(self.skipped) + len(self.expectedFailures)
 
 
+PATIENCE = 300  # seconds for all tests, which take half a minute
+
+
 def run_tests(names):
     """Run all tests, or those that are named; the last line of stdout has the totals."""
     module, loader = sys.modules[__name__], unittest.defaultTestLoader
@@ -6754,7 +6763,9 @@ def run_tests(names):
         suite = loader.loadTestsFromNames(names, module)
     else:
         suite = loader.loadTestsFromModule(module)
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # what hangs has failed, and says where
     result = unittest.TextTestRunner(resultclass=_Result).run(suite)
+    faulthandler.cancel_dump_traceback_later()
     for test, reason in result.skipped + [
         (test, "not met yet") for test, _ in result.expectedFailures
     ]:
