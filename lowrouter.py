@@ -1437,13 +1437,14 @@ class Client:
             raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
         segment = urllib.parse.quote(generation_id, safe="", errors="replace")  # it is opaque
         call = self._call("GET", "/generation/" + segment)
-        last = time.monotonic() + _seconds("wait", wait) - _POLL_SECONDS
+        end = time.monotonic() + _seconds("wait", wait)
         while True:
             try:
                 record = _as(dict, self._transport.send(call, _Call.json))
                 break
             except NotFoundError:
-                if time.monotonic() > last or not call.clock.pause(_POLL_SECONDS):
+                left = end - time.monotonic()
+                if left <= 0 or not call.clock.pause(min(left, _POLL_SECONDS)):
                     raise
         record = record if "generation_id" in record else _as(dict, record.get("data")) or record
         if not record:

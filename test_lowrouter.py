@@ -2777,6 +2777,14 @@ class TestGeneration(Played):
         self.assertGreater(sum(self.waits), 2)
         self.assertEqual(len(self.stub.requests), len(self.waits) + 1)
 
+    def test_the_last_look_is_at_the_end_of_the_wait(self) -> None:
+        real, slept = time.monotonic, self.waits
+        with mock.patch("time.monotonic", lambda: real() + sum(slept)):
+            self.failure(lowrouter.NotFoundError, self.client().generation, "gen_x", wait=0.3)
+        self.assertLessEqual(0.2, sum(self.waits))
+        self.assertLessEqual(sum(self.waits), 0.3)
+        self.assertEqual(len(self.stub.requests), len(self.waits) + 1)
+
     def test_only_a_404_is_waited_for(self) -> None:
         self.stub.play(http("", "401 No"))
         self.failure(lowrouter.AuthenticationError, self.client().generation, "gen_1", wait=60)
