@@ -6473,6 +6473,29 @@ class TestBatch(_Commands):
         self.assertEqual(self.batch(source), 0)
         self.assertEqual(len(self.results()), 20)
 
+    @unittest.skipUnless(sys.platform == "linux", "the limit of another process is set on Linux")
+    def test_nothing_is_written_behind_a_line_that_a_full_disk_has_cut(self) -> None:
+        import resource
+
+        limit, none = resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
+        code = f"import resource; resource.setrlimit({limit}, (3000, {none}))\n"
+        code += "import sys, lowrouter; sys.exit(lowrouter.main(sys.argv[1:]))"
+        source, out = self.numbered(2), self.path("out.jsonl")
+        long = {"choices": [{"message": {"content": "x" * 60000}, "finish_reason": "stop"}]}
+
+        def make_room(_: object) -> None:
+            while not os.path.exists(out) or os.path.getsize(out) < 3000:
+                self.assertIsNone(process.poll())
+            resource.prlimit(process.pid, limit, (none, none))
+
+        self.stub.play(http(long))
+        self.stub.play(make_room, http(self.answer()))
+        folder = os.path.dirname(os.path.abspath(lowrouter.__file__))
+        process = self.spawn("batch", source, out, "--workers", "2", code=code, cwd=folder)
+        self.assertEqual(self.finish(process), 1)
+        self.assertEqual(self.batch(source), 0)
+        self.assertEqual(sorted(each["custom_id"] for each in self.results()), ["id-0", "id-1"])
+
     def test_out_is_flushed_line_by_line(self) -> None:
         out = self.path("out.jsonl")
         seen = []
