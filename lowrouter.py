@@ -726,6 +726,14 @@ class _Call(urllib.request.Request):
         text: str = self.scrub(self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace"))
         return text[: _ERROR_LIMIT - len(self.key)]
 
+    def scrubbed(self, completion: Completion | None) -> Completion | None:
+        """What an error carries of an answer, since errors end in logs."""
+        if completion is None:
+            return None
+        clean = Completion(self.scrub(completion))
+        clean.headers = completion.headers
+        return clean
+
     def translated(self, cause: Exception) -> LowRouterError:
         """Our error for a foreign one, by the phase in which it was raised."""
         clock, phase, name = self.clock, self.clock.phase, self.gateway.name
@@ -751,7 +759,7 @@ class _Call(urllib.request.Request):
         """Our error for whatever was raised: short, with what has come, and without the key."""
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
         told = {"body": self.shown() or None, **vars(error)}
-        completion = told.pop("completion", None)  # is the caller's, and stays as it came
+        completion = self.scrubbed(told.pop("completion", None))
         vars(error).update(self.scrub(told), completion=completion)
         error.args = (self.scrub(str(error))[:_MESSAGE_LIMIT],)
         error.__context__ = None
@@ -1244,7 +1252,7 @@ def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> I
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
         completion = assembly.completion()
-        error.completion = completion if assembly.fields else None
+        error.completion = call.scrubbed(completion) if assembly.fields else None
         error.generation_id = completion.generation_id
         assembly.error = error
         raise error
@@ -1291,7 +1299,8 @@ class Stream:
         if self._assembly.error:
             raise self._assembly.error
         if self._assembly.whole is None and not self._assembly.complete():
-            raise StreamError("the stream was closed before its end", completion=self.completion)
+            come = self._call.scrubbed(self.completion)
+            raise StreamError("the stream was closed before its end", completion=come)
         return self.completion
 
     def close(self) -> None:

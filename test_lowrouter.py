@@ -4195,6 +4195,25 @@ class TestKey(Timed):
                     self.assert_key_is_hidden(all_that_shows(caught.exception))
         self.assert_key_is_hidden(logged.getvalue())
 
+    def test_what_an_error_carries_of_an_answer_is_without_the_key(self):
+        echoed = {**answer_from("us-east"), "echo": {KEY: [KEY]}}
+        halves = [delta(KEY[:9]), delta(KEY[9:] + "!", echo=KEY)]
+        cut = STREAM_HEAD + chunked(sse(*halves, done=False), end=False)
+        failed = {"choices": [{"message": {"content": KEY}, "finish_reason": "error"}]}
+        for name, answer, text in (
+            ("answer from elsewhere", http(echoed), "Hello"),
+            ("cut", cut, "[key]!"),
+            ("failed", http(failed), "[key]"),
+        ):
+            for call in ("chat", "stream") if name != "cut" else ("stream",):
+                with self.subTest(name, call=call):
+                    self.stub.play(answer, CUT)
+                    client = self.client(max_retries=0, route={"region": "eu-west"})
+                    with self.assertRaises(lowrouter.LowRouterError) as caught:
+                        getattr(client, call)("Hello").result()
+                    self.assertEqual(caught.exception.completion.text, text)
+                    self.assert_key_is_hidden(all_that_shows(caught.exception))
+
     def test_a_key_in_a_message_that_is_shortened_is_hidden_too(self):
         client = self.client(max_retries=0)
         for length in [*range(20, 320, 14), 65500]:
@@ -6454,8 +6473,9 @@ class TestBatch(_Commands):
         go.set()
         self.assertEqual(self.finish(process), 130)
         self.assertIn("same command", self.err)
-        self.assertEqual(len(self.sent()), 1)
-        self.assertEqual([each["custom_id"] for each in self.results()], ["id-0"])
+        kept = [each["custom_id"] for each in self.results()]
+        self.assertEqual(kept, [f"id-{number}" for number in range(len(self.sent()))])
+        self.assertLess(len(kept), 20)  # some more are sent before a busy machine sees the signal
 
     def test_a_full_disk_loses_nothing_that_was_written(self) -> None:
         code = (
@@ -6488,8 +6508,9 @@ class TestBatch(_Commands):
                 self.assertIsNone(process.poll())
             resource.prlimit(process.pid, limit, (none, none))
 
-        self.stub.play(http(long))
-        self.stub.play(make_room, http(self.answer()))
+        both = threading.Event()
+        self.stub.play(Wait(both), http(long))
+        self.stub.play(lambda _: both.set(), make_room, http(self.answer()))
         folder = os.path.dirname(os.path.abspath(lowrouter.__file__))
         process = self.spawn("batch", source, out, "--workers", "2", code=code, cwd=folder)
         self.assertEqual(self.finish(process), 1)
