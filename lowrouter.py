@@ -887,7 +887,7 @@ class _Transport:
         self.locks: dict[int, Any] = {}
         self.idle: list[_Wire] = []
         self.closed = False
-        self.context: ssl.SSLContext | None = None
+        self.contexts: dict[int, ssl.SSLContext] = {}
 
     def close(self) -> None:
         """Hang up what is idle; what is in use follows when it is given back."""
@@ -916,11 +916,17 @@ class _Transport:
         return None
 
     def tls(self) -> ssl.SSLContext:
-        """The one context of this client, made at the first call: loading the CAs takes 20 ms."""
-        if self.context is None:
-            with self.locks.setdefault(os.getpid(), self.new_lock()):  # a fork may copy a held one
-                self.context = self.context or _trusting(self.gateway.ca_file, self.gateway.ca_path)
-        return self.context
+        """The one context of this client, made at the first call: loading the CAs takes 20 ms.
+
+        By process, since a fork may copy locks that another thread holds, OpenSSL's and ours.
+        """
+        pid = os.getpid()
+        if pid not in self.contexts:
+            with self.locks.setdefault(pid, self.new_lock()):
+                if pid not in self.contexts:
+                    gateway = self.gateway
+                    self.contexts[pid] = _trusting(gateway.ca_file, gateway.ca_path)
+        return self.contexts[pid]
 
     def connect(self, call: _Call) -> _Wire:
         """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""

@@ -4470,6 +4470,30 @@ class TestTls(WithCertificates):
         self.assertEqual((stub.connections, stub.handshakes), (1, 1))
         self.assertEqual(len(stub.requests), 100)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_fork_makes_a_context_of_its_own(self):
+        script = """
+            import ssl
+            made, real = [], ssl.create_default_context
+            ssl.create_default_context = lambda **given: made.append(1) or real(**given)
+            client = lowrouter.Client(sys.argv[2], base_url=sys.argv[3], ca_file=sys.argv[4])
+            for _ in range(2):
+                client.chat("before")
+            child = os.fork()
+            if not child:
+                for _ in range(2):
+                    client.chat("child")
+                os._exit(len(made))
+            status = os.waitpid(child, 0)[1] >> 8
+            client.chat("after")
+            client.close()
+            sys.exit(10 * len(made) + status)
+        """
+        url, certificate = self.gateway().url, self.path("ca.pem")
+        process = run_script(self, script, KEY, url, certificate)
+        _, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (12, ""))  # one here, and one more there
+
     def test_a_private_ca_is_found_by_the_argument_then_the_variables_in_order(self):
         stub = self.gateway()
         ca, stranger, hashed = map(self.path, ("ca.pem", "stranger.pem", "hashed"))
