@@ -398,10 +398,6 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
 
 # ---- settings: the key, the base URL and the proxy; arguments first, then the environment -------
 
-_VARIABLES = """LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL LOWROUTER_CACHE_DIR
-HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
-SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
-
 
 def _checked_key(source: str, key: Any) -> str:
     key = key.strip() if isinstance(key, str) else "\0"  # CI secrets end in a newline
@@ -555,7 +551,7 @@ class _Socket(io.RawIOBase):
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.sock, self.pid = sock, os.getpid()
         self.clock: Any = clock  # None: there is nothing to receive
-        self.last, self.cut = 10, False  # the last byte; whether the end came amid a line
+        self.last, self.cut = ord("\n"), False  # the last byte; whether the end came amid a line
 
     def readable(self) -> bool:
         return True
@@ -576,7 +572,7 @@ class _Socket(io.RawIOBase):
         if size:
             self.last = buffer[size - 1]
         else:
-            self.cut = self.last != 10
+            self.cut = self.last != ord("\n")
         return size
 
     def close(self) -> None:
@@ -1469,6 +1465,10 @@ class Client:
 
 # ---- functions: one client for the whole program, made at the first call -------------------------
 
+_VARIABLES = """LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL LOWROUTER_CACHE_DIR
+HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
+SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
+
 
 @functools.lru_cache(maxsize=1)  # what is under way keeps the last one until it ends
 def _made_for(*environment: str | None) -> Client:
@@ -1896,7 +1896,7 @@ class _Batch:
                 with self.lock:
                     self.write(record)
         except Exception as error:
-            self.broken = error
+            self.broken = self.broken or error  # what follows from the first says less
             self.stop.set()
         with self.lock:
             self.working -= 1
