@@ -1550,6 +1550,8 @@ _UNITS = {"energy_wh": "Wh", "carbon_g": "gCO2e", "latency_ms": "ms", "cost_cred
 _TABLE = {"ID": "^id$", "CONTEXT": "context", "ECO": "^eco|band", "PRICE": "pric|cost"}
 _TABLE.update({"REGIONS": "region", "CAPABILITIES": "capabilit|_use$|vision|_output$"})
 _CELL = 12  # characters that a cell keeps on a narrow terminal: of most names enough to tell
+_TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
+_DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
 _LONGEST_PAUSE = 60.0  # seconds; who is put off for longer has to run the batch again
 _HOPELESS = (AuthenticationError, InsufficientCreditsError)  # the other lines would fare no better
@@ -1725,29 +1727,18 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Json]]:
     """Line number, id and body of each request; at the end an error if some lines are none."""
     lines: dict[str, int] = {}
     problems = []
-    for number, line in enumerate(source, 1):
-        if not line.strip():
-            continue
+    for number, line in filter(lambda each: each[1].strip(), enumerate(source, 1)):
         job = _parsed(line)
         job = job if isinstance(job, dict) else {}
         name, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
-        first = lines.setdefault(str(name), number)
-        if first != number:
-            problems.append(f"line {number} has the custom_id of line {first}")
+        if lines.setdefault(str(name), number) != number:
+            problems.append(f"line {number} has the custom_id of line {lines[str(name)]}")
         elif not isinstance(name, str) or not isinstance(body, dict) or "messages" not in body:
             problems.append(f"line {number} is no request")
         else:
             yield number, name, body
     if problems:
-        told = "; ".join(problems[:9])
-        raise ConfigError(f"{told} ({len(problems)} bad lines, nothing was sent)")
-
-
-def _spent(answer: Completion) -> tuple[Any, ...]:
-    """Tokens, cost, Wh and gCO2e of an answer; None where it gives none."""
-    usage, eco = answer.usage or {}, answer.eco or {}
-    ours = usage.get("total_tokens"), usage.get("cost")
-    return (*ours, eco.get("energy_wh"), eco.get("carbon_g"))
+        raise ConfigError("; ".join(problems[:9]) + f" ({len(problems)} bad lines, nothing sent)")
 
 
 def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
@@ -1755,170 +1746,125 @@ def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
     out.seek(0)
     for line in out:
         record, whole = _parsed(line), line.endswith(b"\n")
-        torn = not whole and not isinstance(record, dict)
-        if torn and line.startswith(b'{"custom_id"'[: len(line)]):
-            out.truncate(out.tell() - len(line))
-            return
         try:
             answer = None if record["error"] else Completion(**record["response"]["body"])
-            if not isinstance(record["custom_id"], str):
-                raise TypeError
+            custom_id = "" + record["custom_id"]  # a str, or it is not ours
         except (TypeError, KeyError):
-            raise ConfigError(f"{out.name} is no file that a batch has written") from None
-        yield line, record["custom_id"], answer
+            if whole or record is not line or not line.startswith(b'{"custom_id"'[: len(line)]):
+                raise ConfigError(f"{out.name} is no file that a batch has written") from None
+            out.truncate(out.tell() - len(line))
+            return
+        yield line, custom_id, answer
         if not whole:
             out.write(b"\n")
 
 
-def _rewrite(out: Any, draft: str) -> tuple[str, int]:
+def _rewrite(out: Any) -> tuple[str, int]:
     """Rewrite OUT with one line per id; return the totals, and how many lines have failed."""
     last = {custom_id: number for number, (_, custom_id, _) in enumerate(_results(out))}
     spent = []
-    with open(draft, "wb") as file:
+    with open(out.name + _DRAFT, "wb") as file:
         for number, (line, custom_id, answer) in enumerate(_results(out)):
             if last[custom_id] == number:
                 file.write(line)
-                spent += [] if answer is None else [_spent(answer)]
+                told = answer and {**(answer.usage or {}), **(answer.eco or {})}
+                spent += [] if told is None else [[told.get(name) for name in _TOTALS]]
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(draft, os.stat(out.name).st_mode & 0o777)
-    if os.name == "nt":
-        out.close()  # or it could not be replaced; elsewhere it is locked until then
-    os.replace(draft, out.name)
+    os.chmod(file.name, os.stat(out.name).st_mode & 0o777)
+    out.close()  # or Windows could not replace it
+    os.replace(file.name, out.name)
     totals = f"{len(last)} requests, {len(last) - len(spent)} failed"
-    for name, column in zip(("tokens", "cost", "Wh", "gCO2e"), zip(*spent)):
-        numbers = [number for number in column if isinstance(number, (int, float))]
-        given = [number for number in numbers if abs(number) < 1e15]  # not NaN, nor out of range
+    for name, column in zip(_TOTALS.values(), zip(*spent)):
+        given = [n for n in column if isinstance(n, (int, float)) and abs(n) < 1e15]  # no NaN
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
         totals += f", {sum(given):,.9g} {name}{none}"
     return totals, len(last) - len(spent)
 
 
-def _lock(out: Any) -> None:
-    """Two runs that append to one file would lose lines; the lock ends with its process."""
-    try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-
-        flock(out, LOCK_EX | LOCK_NB)
-        if not os.path.samestat(os.fstat(out.fileno()), os.stat(out.name)):
-            raise BlockingIOError  # another run has just replaced it
-    except (BlockingIOError, FileNotFoundError):
-        raise ConfigError(f"{out.name} is in use: give each run and each shard its own") from None
-    except (ImportError, OSError):
-        pass  # Windows, and file systems without locks
-
-
 def _record(custom_id: str, outcome: Any) -> Json:
     """The line of OUT for an answer or an error, in the shape of OpenAI's batches."""
-    headers: Any = getattr(outcome, "headers", None) or {}
-    status: Any = 200
-    body, error = outcome, None
-    if isinstance(outcome, Exception):
-        status, body, code = (getattr(outcome, name, None) for name in ("status", "body", "code"))
-        error = {"code": code or type(outcome).__name__, "message": str(outcome)}
-    request_id = headers.get("X-Request-Id")
-    response = {"status_code": status, "request_id": request_id, "body": body}
+    failed, headers = isinstance(outcome, Exception), getattr(outcome, "headers", None) or {}
+    code = getattr(outcome, "code", None) or type(outcome).__name__
+    status = getattr(outcome, "status", None if failed else 200)
+    response = {"status_code": status, "request_id": headers.get("X-Request-Id")}
+    response["body"] = getattr(outcome, "body", outcome)
+    error = {"code": code, "message": str(outcome)} if failed else None
     return {"custom_id": custom_id, "response": response if status else None, "error": error}
 
 
 class _Batch:
-    """Requests under way: each worker takes a job, sends it and writes its result, and so on."""
+    """Requests under way, and what has become of those before."""
 
-    def __init__(self, client: Client, jobs: Iterator[Any], out: Any, total: int) -> None:
-        from threading import Condition, Event
+    def __init__(self, client: Client, out: Any, total: int, quiet: bool) -> None:
+        from threading import Event
 
-        self.client, self.jobs, self.out, self.total = client, jobs, out, total
-        self.stop, self.lock = Event(), Condition()  # whose holder uses `jobs`, `out` and counts
-        self.working, self.done, self.failed, self.problem, self.quiet = 0, 0, 0, "", False
-        self.torn = False
-        self.broken: Exception | None = None
-        self.began = self.start = time.monotonic()  # before `start` nobody sends
+        self.client, self.out, self.total, self.quiet = client, out, total, quiet
+        self.stop, self.done, self.failed, self.problem = Event(), 0, 0, ""
+        self.began = self.start = time.monotonic() - 0.001  # seconds; before `start` nobody sends
 
     def ask(self, custom_id: str, body: Json) -> Json | None:
-        """Send a request and return its line for OUT, None when the batch has been stopped."""
-        body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
+        """Send a request and return its line for OUT; None when the batch was stopped before."""
         outcome: Any = None
         for pause in _PAUSES:
-            while self.start > time.monotonic() and not self.stop.is_set():
-                self.stop.wait(self.start - time.monotonic())
-            if self.stop.is_set():
-                return None
+            if self.stop.wait(max(0.0, self.start - time.monotonic())):
+                break
             try:
-                outcome = self.client.chat(**body)
+                outcome = self.client.chat(**{**body, "stream": None, "stream_options": None})
                 break
             except (LowRouterError, TypeError) as error:
                 outcome = error
-            told = getattr(outcome, "retry_after", None)
-            if (told or 0) > _LONGEST_PAUSE or isinstance(outcome, _HOPELESS):
+            told = getattr(outcome, "retry_after", None) or pause
+            if told > _LONGEST_PAUSE or isinstance(outcome, _HOPELESS):
                 self.stop.set()
-            if not pause or not getattr(outcome, "retryable", False):
+            if isinstance(outcome, RateLimitError):  # the others have to wait, too
+                self.start = max(self.start, time.monotonic() + told)
+            if not pause or not getattr(outcome, "retryable", False) or self.stop.wait(told):
                 break
-            if told is None and not isinstance(outcome, RateLimitError):
-                self.stop.wait(pause)  # that is no reason for the others to wait
-            else:
-                self.start = max(self.start, time.monotonic() + (pause if told is None else told))
-        return _record(custom_id, outcome)
+        return outcome and _record(custom_id, outcome)
 
-    def write(self, record: Json) -> None:
-        if self.torn:
-            return  # behind half a line nothing may stand
-        line, self.torn = json.dumps(record, ensure_ascii=False) + "\n", True
-        self.out.write(line.encode("utf-8", "backslashreplace"))
-        self.out.flush()
-        self.torn = False
-        self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
-        self.problem = self.problem or (record["error"] or {}).get("message", "")
-        if not self.quiet:
-            self.show()
+    def write(self, tasks: set[Any]) -> None:
+        """Append what has become of finished tasks."""
+        for record in filter(None, (task.result() for task in tasks)):
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            self.out.write(line.encode("utf-8", "backslashreplace"))
+            self.out.flush()
+            self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
+            self.problem = self.problem or (record["error"] or {}).get("message", "")
+            if not self.quiet:
+                self.show()
 
     def show(self) -> None:
         """Tell how far it is: by a bar on a terminal, elsewhere by a line for each tenth."""
         from shutil import get_terminal_size
 
         tenths, rate = 10 * self.done // self.total, self.done / (time.monotonic() - self.began)
-        text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s"
-        text += f", {(self.total - self.done) / rate:.0f} s left"
+        left = (self.total - self.done) / rate
+        text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s, {left:.0f} s left"
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            bar, width = f"[{'#' * tenths:<10}] {text}", get_terminal_size().columns - 1
-            end = "\r" if self.done < self.total else "\n"
-            print(bar[:width].ljust(width), end=end, file=sys.stderr, flush=True)
+            width = get_terminal_size().columns - 1
+            bar, end = f"[{'#' * tenths:<10}] {text}"[:width], "\r" if left else "\n"
+            print(bar.ljust(width), end=end, file=sys.stderr, flush=True)
         elif tenths > 10 * (self.done - 1) // self.total:
             _put(text + "\n", sys.stderr)
 
-    def work(self) -> None:
+    def run(self, jobs: Iterator[tuple[int, str, Json]], workers: int) -> None:
+        """Keep the workers busy; after Ctrl-C they have some seconds for what is under way."""
+        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+        pool = ThreadPoolExecutor(workers)
+        tasks = (pool.submit(self.ask, i, body) for _, i, body in jobs if not self.stop.is_set())
+        under_way = set(itertools.islice(tasks, workers))
         try:
-            while not self.stop.is_set():
-                with self.lock:
-                    job = next(self.jobs, None)
-                record = job and self.ask(*job)
-                if not record:
-                    break
-                with self.lock:
-                    self.write(record)
-        except Exception as error:
-            self.broken = self.broken or error  # what follows from the first says less
+            while under_way:
+                done = wait(under_way, return_when=FIRST_COMPLETED).done
+                self.write(done)
+                under_way -= done
+                under_way.update(itertools.islice(tasks, len(done)))
+        except KeyboardInterrupt:
             self.stop.set()
-        with self.lock:
-            self.working -= 1
-            self.lock.notify()
-
-    def run(self, workers: int) -> None:
-        """Let the workers work; after Ctrl-C they have some seconds for what is under way."""
-        from threading import Thread
-
-        self.working = workers
-        for _ in range(workers):
-            Thread(target=self.work, daemon=True).start()  # no exit waits for a daemon
-        with self.lock:
-            try:
-                self.lock.wait_for(lambda: not self.working)
-            except KeyboardInterrupt:
-                self.stop.set()
-                self.lock.wait_for(lambda: not self.working, _PATIENCE)
-                self.out.close()  # while nobody is amid a line
-                raise
-        if self.broken:
-            raise self.broken
+            self.write(wait(under_way, _PATIENCE).done)
+            raise
 
 
 def _batch(client: Client, options: Json, words: list[str]) -> int:
@@ -1929,21 +1875,21 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
     if not 0 < part <= parts or not 1 <= workers <= 1000:
         raise ConfigError("--shard takes I/N with I from 1 to N, --workers a number up to 1000")
     with open(words[0], "rb") as source, open(os.path.realpath(words[1]), "a+b") as out:
-        if not os.path.isfile(out.name) or not source.seekable():
-            raise ConfigError("IN and OUT must be regular files")
-        if os.path.sameopenfile(source.fileno(), out.fileno()):
-            raise ConfigError("IN and OUT must be two files")
-        lines = {custom_id: number for number, custom_id, _ in _jobs(source)}
-        source.seek(0)
-        _lock(out)
-        done = {custom_id: answer is not None for _, custom_id, answer in _results(out)}
-        todo = {i for i, n in lines.items() if (n - part) % parts == 0 and not done.get(i)}
-        jobs = ((custom_id, body) for _, custom_id, body in _jobs(source) if custom_id in todo)
-        batch = _Batch(client, jobs, out, len(todo))
-        batch.quiet, draft = "q" in options, out.name + ".lowrouter"
+        if not all(map(os.path.isfile, words)) or os.path.samefile(*words):
+            raise ConfigError("IN and OUT must be two regular files")
         try:
-            batch.run(int(workers))
-            totals, failed = _rewrite(out, draft)
+            os.lockf(out.fileno(), os.F_TLOCK, 0)  # two runs would pay twice and lose lines
+        except BlockingIOError:
+            raise ConfigError(f"{out.name} is in use: each run and shard needs its own") from None
+        except (AttributeError, OSError):
+            pass  # Windows, and file systems without locks
+        done = {custom_id for _, custom_id, answer in _results(out) if answer is not None}
+        todo = {i for n, i, _ in _jobs(source) if (n - part) % parts == 0 and i not in done}
+        source.seek(0)
+        batch = _Batch(client, out, len(todo), "q" in options)
+        try:
+            batch.run((job for job in _jobs(source) if job[1] in todo), int(workers))
+            totals, failed = _rewrite(out)
         except OSError as error:
             with contextlib.suppress(OSError):
                 out.close()  # which fails again, and then had the last word
@@ -1951,7 +1897,7 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
             raise OSError(f"{words[1]} cannot be written ({error.strerror}); {kept}") from None
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(draft)
+                os.unlink(out.name + _DRAFT)
     hint = f"; first: {batch.problem}; the same command sends again what failed or is left"
     _put(totals + hint * bool(batch.problem) + "\n", sys.stderr)
     return 9 if failed or batch.stop.is_set() else 0
@@ -2024,7 +1970,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, that of the program by default, and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    program, argv = argv is None, sys.argv[1:] if argv is None else argv
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or io.StringIO())  # it was closed
         errors = "replace" if name == "stdin" else "backslashreplace"
@@ -2053,6 +1999,8 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 sys.stdout.close()  # else the interpreter would try again, and complain
     _put(text + "\n", sys.stderr)
+    if program and status == 130:
+        os._exit(status)  # the end of the interpreter would wait for requests that are under way
     return status
 
 
