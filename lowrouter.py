@@ -1728,8 +1728,7 @@ def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Json]]:
     lines: dict[str, int] = {}
     problems = []
     for number, line in filter(lambda each: each[1].strip(), enumerate(source, 1)):
-        job = _parsed(line)
-        job = job if isinstance(job, dict) else {}
+        job = job if isinstance(job := _parsed(line), dict) else {}
         name, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
         if lines.setdefault(str(name), number) != number:
             problems.append(f"line {number} has the custom_id of line {lines[str(name)]}")
@@ -1891,6 +1890,7 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
             batch.run((job for job in _jobs(source) if job[1] in todo), int(workers))
             totals, failed = _rewrite(out)
         except OSError as error:
+            batch.stop.set()
             with contextlib.suppress(OSError):
                 out.close()  # which fails again, and then had the last word
             kept = "what was written is kept: make room and run the same command again"
@@ -1900,7 +1900,7 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
                 os.unlink(out.name + _DRAFT)
     hint = f"; first: {batch.problem}; the same command sends again what failed or is left"
     _put(totals + hint * bool(batch.problem) + "\n", sys.stderr)
-    return 9 if failed or batch.stop.is_set() else 0
+    return 9 if failed else 0
 
 
 def _readable(text: str) -> str:
@@ -1999,7 +1999,7 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 sys.stdout.close()  # else the interpreter would try again, and complain
     _put(text + "\n", sys.stderr)
-    if program and status == 130:
+    if program and argv[:1] == ["batch"]:
         os._exit(status)  # the end of the interpreter would wait for requests that are under way
     return status
 

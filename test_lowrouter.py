@@ -27,7 +27,6 @@ import glob
 import gzip
 import hashlib
 import http.client as http_client
-import importlib.util
 import inspect
 import io
 import json
