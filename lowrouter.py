@@ -72,6 +72,7 @@ _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the las
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
 _POLL_SECONDS = 0.5  # between two looks for a record that is not written yet [assumption]
 _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
+_KEY_LENGTH = 4  # characters; a shorter key is no secret, but a part of many a word
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
@@ -713,7 +714,7 @@ class _Call(urllib.request.Request):
             return {self.scrub(name): self.scrub(each, depth - 1) for name, each in value.items()}
         if isinstance(value, list):
             return [self.scrub(each, depth - 1) for each in value]
-        if not isinstance(value, str):
+        if not isinstance(value, str) or len(self.key) < _KEY_LENGTH:
             return value
         return value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
 

@@ -4213,6 +4213,17 @@ class TestKey(Timed):
                     self.assertEqual(caught.exception.completion.text, text)
                     self.assert_key_is_hidden(all_that_shows(caught.exception))
 
+    def test_a_key_that_is_a_part_of_many_words_does_no_harm(self):
+        for key in ("x", "k", "ed", "key"):  # of text/event-stream, of chunked, of [key]
+            with self.subTest(key=key):
+                client = self.client(api_key=key)
+                events = chunked(sse(delta("whole"), delta(finish="stop")))
+                self.stub.play(STREAM_HEAD + events)
+                self.stub.play(http("no keyed box", "400 Bad"))
+                self.assertEqual(client.stream("Hello").result().text, "whole")
+                with self.assertRaisesRegex(lowrouter.APIStatusError, "no keyed box"):
+                    client.chat("Hello")
+
     def test_a_key_in_a_message_that_is_shortened_is_hidden_too(self):
         client = self.client(max_retries=0)
         for length in [*range(20, 320, 14), 65500]:
