@@ -108,7 +108,7 @@ def _text(content: Any) -> str:
 class _Answer(dict):  # type: ignore[type-arg]
     """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
 
-    headers: Message | None = None  # of the response; look-ups ignore case [docs]
+    headers: Message = http.client.HTTPMessage()  # of the response; look-ups ignore case [docs]
 
     def _choice(self) -> Json:
         for choice in _as(list, self.get("choices")):
@@ -118,7 +118,7 @@ class _Answer(dict):  # type: ignore[type-arg]
 
     def _routed(self, name: str) -> Any:
         value = _as(dict, self.get("lowrouter")).get(name)
-        return self.headers.get(_ROUTED[name]) if value is None and self.headers else value
+        return self.headers.get(_ROUTED[name], "").strip() or None if value in (None, "") else value
 
     @property
     def message(self) -> Json:
@@ -192,6 +192,7 @@ class LowRouterError(Exception):
     """Base of all errors; `completion` is what had come, None before the first chunk."""
 
     completion: Completion | None = None
+    status: int | None = None  # of HTTP
     message: str | None = None  # this, `code` and `body` are what the gateway said
     code: str | int | None = None
     body: Any = None
@@ -218,9 +219,8 @@ class APITimeoutError(APIConnectionError, TimeoutError):
 
 
 class APIStatusError(LowRouterError):
-    """The gateway said no: HTTP `status`, `headers`, `request_id`; `retry_after` is in seconds."""
+    """The gateway said no, by `status`; `headers`, `request_id`; `retry_after` is in seconds."""
 
-    status: int = 0
     headers: Message | None = None
     request_id: str | None = None
     retry_after: float | None = None
@@ -269,6 +269,7 @@ _STATUS_ERRORS = {  # the class, and what to do
     402: (InsufficientCreditsError, "top up the account or raise the key's limit"),
     403: (PermissionDeniedError, "the key's policy must allow this model and region"),
     404: (NotFoundError, "check the model, the id and that the base URL has one /v1"),
+    407: (APIStatusError, "put user and password into the URL of the proxy"),
     429: (RateLimitError, "send more slowly"),
     503: (NoProviderError, "try later, or ask for another region or provider"),
 }
@@ -295,38 +296,38 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _said(body: Any) -> Json:
+def _said(body: Any, otherwise: str = "no reason was given") -> Json:
     """What an error body says; its shape is not documented [assumption]."""
     error = _as(dict, body).get("error") or body
     fields = {**_as(dict, body), **_as(dict, error)}
     message = error if isinstance(error, str) else fields.get("message") or fields.get("detail")
     message = re.sub(r"(?s)\A\s*<.*", "", str(message or ""))  # HTML says nothing in one line
+    message = message or otherwise
     return {"message": message, "code": fields.get("code") or fields.get("type"), "body": body}
 
 
 def _retry_after(value: str) -> float | None:
     """Seconds from a Retry-After header, a number or a date; None for anything else."""
     try:
-        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+        if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", value):
             return min(float(value), _FOREVER)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError, IndexError):  # IndexError: before 3.10
         return None
 
 
-def _status_error(name: str, response: http.client.HTTPResponse, body: Any) -> APIStatusError:
+def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
     status, headers = response.status, response.headers
-    advice = "try later" if status >= 500 else "change the request"
+    passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
+    advice = "try later" if passing else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
     with contextlib.suppress(ValueError):
         body = _loads(body)
-    said = _said(body)
-    said["message"] = said["message"] or response.reason
-    error = kind(f"{name} answered {status} ({advice}): {_line(said['message'])}", **said)
+    said = _said(body, response.reason)
+    error = kind(f"answered {status} ({advice}): {_line(said['message'])}", **said)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     error.generation_id = headers.get(_ROUTED["generation_id"])
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
-    passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
     error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
 
@@ -347,6 +348,19 @@ def _json_bytes(body: Any) -> bytes:
         raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
 
 
+def _check_names(options: Json) -> None:
+    for name in _ELSEWHERE.intersection(options):
+        raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
+
+
+def _quoted(text: str, safe: str) -> str:
+    """A text for a URL; half of a surrogate pair has no place there."""
+    try:
+        return urllib.parse.quote(text, safe=safe)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r} cannot be written in a URL") from None
+
+
 def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Json) -> Json:
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
     if isinstance(messages, str):
@@ -354,16 +368,16 @@ def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Js
     if not _are_dicts(messages):
         wrong = next((each for each in _as(list, messages) if not isinstance(each, dict)), messages)
         raise ConfigError(f"messages must be a str or a list of dicts, not {type(wrong).__name__}")
-    for name in _ELSEWHERE.intersection(options):
-        raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
+    _check_names(options)
     if options.get("stream") not in (None, streams):
-        raise TypeError("chat() does not stream: call stream(), which always does")
+        raise TypeError("stream= is not yours to give: chat() never streams, stream() always does")
     given = {name: value for name, value in options.items() if value is not None}
     body = {"model": model, "messages": messages, "route": route, **given}
-    if streams:
-        body = {"stream_options": {"include_usage": True}, **body, "stream": True}
     if not isinstance(body["route"] or {}, dict):
         raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
+    if streams:
+        usage = options.get("stream_options", {"include_usage": True})  # None: not asked for
+        body.update(stream=True, stream_options=usage)
     return {k: v for k, v in body.items() if v is not None and k not in ("timeout", "deadline")}
 
 
@@ -469,8 +483,9 @@ class _Gateway:
         try:
             parts = urllib.parse.urlsplit(base_url.strip())
             self.host, port = (parts.hostname or "").encode("idna").decode("ascii"), parts.port
+            path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
             whole = re.fullmatch(r"(?i)https?://[^\x00-\x20\x7f\\@?#]+", base_url.strip())
-            if not whole or not re.fullmatch("[!-~]+", self.host):
+            if not whole or port == 0 or not re.fullmatch("[!-~]+", self.host):
                 raise ValueError
         except (ValueError, AttributeError):
             shape = f"like {_BASE_URL}, with a valid host and port, without user and query"
@@ -485,7 +500,6 @@ class _Gateway:
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.target, self.netloc = f"{host}:{self.port}", f"{host}:{port}" if port else host
-        path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
         self.url = f"{parts.scheme}://{self.netloc}{path}"
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
@@ -646,7 +660,7 @@ def _trusting(file: str | None, path: str | None) -> ssl.SSLContext:
             raise OSError("no such folder")  # which OpenSSL would not mind
         return ssl.create_default_context(cafile=file, capath=path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
+        raise ConfigError(f"needs a CA file; {file or path} is of no use: {error}") from None
 
 
 def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
@@ -673,7 +687,7 @@ _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "
 _SOUND = {  # in each of these headers at most one value, and one that http.client gets right
     "content-length": r"[0-9]+\s*",
     "transfer-encoding": "chunked",  # not even with a space behind it
-    "content-encoding": r"identity\s*",
+    "content-encoding": r"(identity)?\s*",
 }
 
 
@@ -721,7 +735,8 @@ class _Call(urllib.request.Request):
     def shown(self) -> str:
         """What an error carries of a body; where that was cut, no first half of the key is left."""
         text: str = self.scrub(self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace"))
-        return text[: _ERROR_LIMIT - len(self.key)]
+        halves = (self.key[:size] for size in range(len(self.key) - 1, _KEY_LENGTH, -1))
+        return text[: -len(next(filter(text.endswith, halves), "")) or None]
 
     def scrubbed(self, completion: Completion | None) -> Completion | None:
         """What an error carries of an answer, since errors end in logs."""
@@ -733,15 +748,15 @@ class _Call(urllib.request.Request):
 
     def translated(self, cause: Exception) -> LowRouterError:
         """Our error for a foreign one, by the phase in which it was raised."""
-        clock, phase, name = self.clock, self.clock.phase, self.gateway.name
+        clock, phase = self.clock, self.clock.phase
         again = self.idempotent or phase == "connect"
         billed = "; the call may have been billed, so it is not sent again"
         billed = "" if again or not self.sent else billed
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if clock.end <= clock.until else phase
-            reason = f"{name} took too long (time-out: {phase}){billed}"
+            reason = f"took too long (time-out: {phase}){billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{name} {_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
+        reason = f"{_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             trusted += ", by strict X.509 as Python does from 3.13" * (sys.version_info >= (3, 13))
@@ -753,13 +768,18 @@ class _Call(urllib.request.Request):
         return kind(reason, retryable=again)
 
     def failure(self, cause: Exception) -> LowRouterError:
-        """Our error for whatever was raised: short, with what has come, and without the key."""
+        """Our error for whatever was raised: short, with what has come, and without the key.
+
+        Who holds it does not hold what the call held, its wire and the client, by its traceback.
+        """
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
+        name, what = self.gateway.name, str(error)
+        what = what if what.startswith(name) else f"{name} {what}"
         told = {"body": self.shown() or None, **vars(error)}
         completion = self.scrubbed(told.pop("completion", None))
         vars(error).update(self.scrub(told), completion=completion)
-        error.args = (self.scrub(str(error))[:_MESSAGE_LIMIT],)
-        error.__context__ = None
+        error.args = (self.scrub(what)[:_MESSAGE_LIMIT],)
+        error.__context__ = error.__traceback__ = None
         return error
 
     def exchange(self, wire: _Wire) -> _Call:
@@ -781,10 +801,10 @@ class _Call(urllib.request.Request):
 
     def check(self) -> None:
         """Raise unless the gateway said yes, in the coding that was asked for."""
-        status, headers, name = self.response.status, self.response.headers, self.gateway.name
+        status, headers = self.response.status, self.response.headers
         if status >= 400:
             self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
-            error = _status_error(name, self.response, self.shown())
+            error = _status_error(self.response, self.shown())
             if self.pins and isinstance(error, NoProviderError):
                 error.pinned, error.retryable = True, False
             raise error
@@ -792,12 +812,12 @@ class _Call(urllib.request.Request):
             target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
             host = _line(target[1].rpartition("@")[2]) if target else "another path"
             reason = "the key is sent to the gateway only: check the base URL"
-            raise BadResponseError(f"{name} redirects ({status}) to {host}, refused: {reason}")
+            raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
         for field in _SOUND.keys() & map(str.lower, headers):
             values = {value.lower() for value in headers.get_all(field, ())}
             if len(values) > 1 or not re.fullmatch(_SOUND[field], values.pop()):
                 what = f"a bad {field}, not what was asked for"
-                raise BadResponseError(f"{name} sent {what}: a proxy may have done it")
+                raise BadResponseError(f"sent {what}: a proxy may have done it")
 
     def read(self) -> bytes:
         """Return bytes as soon as there are some, and b"" at the true end of the body."""
@@ -827,7 +847,7 @@ class _Call(urllib.request.Request):
             self.clock.enter("idle")
             self.received += block
             if len(self.received) > limit:
-                raise BadResponseError(f"{self.gateway.name} sent more than {limit >> 10} KiB")
+                raise BadResponseError(f"sent more than {limit >> 10} KiB")
 
     def abandon(self) -> None:
         """End the wait of another thread for this answer, which closing would not."""
@@ -861,11 +881,11 @@ class _Call(urllib.request.Request):
         except ValueError:
             html = self.received.lstrip().startswith(b"<")
             what = "HTML: a proxy answered, not LowRouter" if html else "no JSON"
-            raise BadResponseError(f"{self.gateway.name} sent {what}") from None
+            raise BadResponseError(f"sent {what}") from None
         self.received.clear()
         if "generation_id" not in _as(dict, data) and _as(dict, data).get("error"):
             said = _said(data)
-            raise BadResponseError(f"{self.gateway.name} failed: {_line(said['message'])}", **said)
+            raise BadResponseError(f"failed: {_line(said['message'])}", **said)
         return data
 
 
@@ -935,7 +955,7 @@ class _Transport:
             status = wire.answer("HEAD").status  # whose head is all there is, too
             if status in (401, 407):
                 remedy = "put user and password into HTTPS_PROXY"
-                raise APIConnectionError(f"{gateway.name} was refused ({status}): {remedy}")
+                raise APIConnectionError(f"was refused by the proxy ({status}): {remedy}")
             if not 200 <= status < 300:
                 raise OSError(f"the proxy answered CONNECT with {status}")
         if context:
@@ -974,7 +994,10 @@ class _Transport:
             told = getattr(error, "retry_after", None)
             wait = pause * random.uniform(0.75, 1) if told is None else told
             if not tries_left or not error.retryable or not call.clock.pause(wait):
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # else it and its traceback would hold each other, and the client
             tries_left, pause = tries_left - 1, min(pause * 2, longest)
 
 
@@ -997,7 +1020,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[list[str]]:
             text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
             yield text[:-1].split("\n")
         elif len(rest) > _EVENT_LIMIT:
-            raise StreamError(f"a line of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
+            raise StreamError(f"sent a line longer than {_EVENT_LIMIT >> 20} MiB")
     yield [rest.decode(codec, "replace")]
 
 
@@ -1010,7 +1033,7 @@ def _events(lines: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
             data.append(value[1:] if value.startswith(" ") else value)
             size += sys.getsizeof(value)  # a short line takes ten times its length
             if size > _EVENT_LIMIT:
-                raise StreamError(f"an event of the stream is longer than {_EVENT_LIMIT >> 20} MiB")
+                raise StreamError(f"sent an event longer than {_EVENT_LIMIT >> 20} MiB")
         elif name == "event":
             event = value.strip()
         elif not line:
@@ -1022,8 +1045,16 @@ def _events(lines: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
 
 _GROWING = frozenset(
-    ("content", "reasoning", "reasoning_content", "refusal", "arguments", "data", "transcript")
+    "content reasoning reasoning_content thinking refusal arguments input data transcript".split()
 )
+_USUAL = frozenset(("index", "delta", "finish_reason"))  # what most choices have and no more
+
+
+def _update(kept: Json, said: Json) -> None:
+    """Of what is said again the last word counts, but for an empty one."""
+    for name, value in said.items():
+        if value not in (None, "") or name not in kept:
+            kept[name] = value
 
 
 def _with_parts(before: Any, value: Any) -> list[Any]:
@@ -1078,25 +1109,26 @@ def _plain(value: Any, depth: int = 9) -> Any:
     return value
 
 
+def _is_failed(choice: Json) -> bool:
+    return choice.get("finish_reason") == "error" or bool(choice.get("error"))
+
+
 class _Assembly:
     """Puts the chunks of a stream together into the completion that chat() would have given."""
 
     def __init__(self, headers: Message) -> None:
         self.headers = headers
         self.fields: Json = {}  # what is said of the answer as a whole
-        self.routed = {n: headers[field] for n, field in _ROUTED.items() if field in headers}
-        self.usage: Any = None
+        self.routed = {n: headers[field].strip() for n, field in _ROUTED.items() if headers[field]}
         self.choices: dict[int, Json] = {}
         self.whole: Completion | None = None  # when the gateway did not stream at all
         self.error: LowRouterError | None = None
         self.done = self.failed = False
 
     def add(self, chunk: Chunk) -> None:
-        self.fields.update(chunk)
-        if chunk.get("usage"):
-            self.usage = chunk["usage"]
+        _update(self.fields, chunk)
         if "lowrouter" in chunk:
-            self.routed.update(_as(dict, chunk["lowrouter"]))
+            _update(self.routed, _as(dict, chunk["lowrouter"]))
         choices: Any = chunk.get("choices")
         for position, choice in enumerate(choices if isinstance(choices, list) else []):
             if not isinstance(choice, dict):
@@ -1107,16 +1139,20 @@ class _Assembly:
             if kept is None:
                 kept = self.choices[index] = {"index": index, "message": {"role": "assistant"}}
             _merge(kept["message"], choice.get("delta") or choice.get("message") or {})
-            if len(choice) > 3 or choice.get("finish_reason"):  # more than most choices have
+            if choice.get("finish_reason") or not choice.keys() <= _USUAL:
                 known = ("index", "delta", "message")
                 others = {k: v for k, v in choice.items() if v is not None and k not in known}
                 _merge(kept, others)
-                self.failed |= others.get("finish_reason") == "error"
+                self.failed |= _is_failed(choice)
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
         reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
-        return self.done or (bool(reasons) and all(reasons) and "error" not in reasons)
+        return (
+            self.done
+            or bool(self.whole)
+            or (bool(reasons) and all(reasons) and "error" not in reasons)
+        )
 
     def completion(self) -> Completion:
         """The answer as far as it has come."""
@@ -1126,7 +1162,6 @@ class _Assembly:
         if self.whole is None and self.fields:
             choices = [_plain(choice) for _, choice in sorted(self.choices.items())]
             completion.update({"object": "chat.completion", "choices": choices})
-            completion.update({"usage": self.usage} if self.usage else {})
             completion.update({"lowrouter": dict(self.routed)} if self.routed else {})
         return completion
 
@@ -1141,18 +1176,18 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             value = _loads(data)
             chunk = Chunk(value if isinstance(value, dict) else {})
             chunk.headers = assembly.headers
-            if chunk.get("choices") or not chunk.get("error"):
+            if chunk.get("choices") or assembly.fields or not chunk.get("error"):
                 assembly.add(chunk)
         except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
             value, chunk = data.strip(), Chunk()
         if event == "error" or chunk.get("error") or assembly.failed:
             places = [chunk, *(_as(dict, choice) for choice in _as(list, chunk.get("choices")))]
             said = _said(next((each for each in places if each.get("error")), chunk or data))
-            raise StreamError(f"the gateway failed in the stream: {_line(said['message'])}", **said)
+            raise StreamError(f"failed in the stream: {_line(said['message'])}", **said)
         if isinstance(value, dict):
             yield chunk
         elif value and event in ("", "message"):  # other events are not for us [assumption]
-            raise StreamError("the stream was cut, or holds what is no JSON object", body=data)
+            raise StreamError("sent an event that was cut, or is no JSON object", body=data)
 
 
 # ---- model cache: all that the library writes to disk; a bad cache is a miss, never an error -----
@@ -1162,7 +1197,7 @@ class _ModelCache:
     """The model list as JSON text: in memory, and with a directory in a file of its own."""
 
     def __init__(self, directory: Any, base_url: str) -> None:
-        self.directory, self.base_url = os.fspath(directory) if directory else "", base_url
+        self.directory, self.base_url = os.fsdecode(directory) if directory else "", base_url
         self.texts: dict[str, str] = {}
 
     def path(self, key: str) -> str:
@@ -1187,13 +1222,17 @@ class _ModelCache:
     def write(self, key: str, listed: list[Json]) -> None:
         path, record = self.path(key), {"saved": time.time(), "base_url": self.base_url}
         self.texts[path] = json.dumps({**record, "models": listed})
+        if not self.directory or key in self.texts[path]:
+            return
         with contextlib.suppress(OSError, ValueError):
-            if self.directory:
-                os.makedirs(self.directory, mode=0o700, exist_ok=True)
-                handle, draft = tempfile.mkstemp(dir=self.directory)  # with mode 0600
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=self.directory)  # with mode 0600
+            try:
                 with open(handle, "w", encoding="utf-8") as file:
                     file.write(self.texts[path])
                 os.replace(draft, path)
+            except OSError:
+                os.unlink(draft)
 
 
 # ---- client: composition only --------------------------------------------------------------------
@@ -1203,11 +1242,20 @@ def _check_route(call: _Call, answer: _Answer) -> None:
     """A pinned region or provider is kept or it is an error; what is not named is no evidence."""
     for name, pin in call.pins.items():
         got = getattr(answer, name)
-        comparable = isinstance(got, str) and isinstance(pin, str)
+        comparable = isinstance(got, str) and isinstance(pin, str) and got.strip()
         if comparable and got.strip().lower() != pin.strip().lower():
-            what = f"{call.gateway.name} answered from {name} {_line(got)}, not from {_line(pin)}"
+            what = f"answered from {name} {_line(got)}, not from {_line(pin)}"
             whole = answer if answer.get("choices") else None
             raise RouteMismatchError(what, completion=whole, generation_id=answer.generation_id)
+
+
+def _any_json(call: _Call) -> Any:
+    """Whatever comes; if it names its route, that is the pinned one."""
+    data = call.json()
+    answer = _Answer(_as(dict, data))
+    answer.headers = call.response.headers
+    _check_route(call, answer)
+    return data
 
 
 def _whole(call: _Call) -> Completion:
@@ -1215,11 +1263,13 @@ def _whole(call: _Call) -> Completion:
     data = call.json()
     completion = Completion(_as(dict, data))
     completion.headers = call.response.headers
-    choices = completion.get("choices")
-    if not isinstance(choices, list):
-        raise BadResponseError(f"{call.gateway.name} sent no chat completion", body=data)
-    if any(_as(dict, choice).get("finish_reason") == "error" for choice in choices):
-        raise BadResponseError(f"{call.gateway.name} failed in its answer", completion=completion)
+    if not isinstance(completion.get("choices"), list):
+        raise BadResponseError("sent no chat completion", body=data)
+    for choice in completion["choices"]:
+        if _is_failed(_as(dict, choice)):
+            said = _said(choice)
+            what = f"failed in its answer: {_line(said['message'])}"
+            raise BadResponseError(what, completion=completion, **said)
     _check_route(call, completion)
     return completion
 
@@ -1229,34 +1279,53 @@ def _model_list(call: _Call) -> list[Json]:
     data = call.json()
     listed = _as(dict, data).get("data", data)
     if not _are_dicts(listed):
-        raise BadResponseError(f"{call.gateway.name} sent no list of models", body=data)
+        raise BadResponseError("sent no list of models", body=data)
     return list(listed)
 
 
-def _read_stream(call: _Call, blocks: Iterable[bytes], assembly: _Assembly) -> Iterator[Chunk]:
+def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
+    """The chunks of an answer, by the byte it begins with; of one that is no stream, all of it."""
+    blocks, kind = iter(call.read, b""), call.response.headers.get_content_type()
+    first = next(blocks, b"")
+    start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    streams = start in (b"d", b"e", b"i", b"r", b":")  # of data, event, id, retry or a comment
+    if kind == "text/event-stream":
+        streams = start not in (b"{", b"<")
+    if streams or (first and not start and kind == "text/plain"):
+        yield from _chunks(_events(_lines(itertools.chain([first], blocks))), assembly)
+    else:
+        call.received += first
+        assembly.whole = _whole(call)
+        chunk = Chunk(assembly.whole)
+        chunk.headers = assembly.headers
+        yield chunk
+
+
+def _read_stream(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
     """Read a stream to its end: a whole answer, or an error with what has come."""
     error: LowRouterError | None = None
     try:
         call.clock.enter("idle")  # silence counts only while the caller waits for its end
-        for chunk in _chunks(_events(_lines(blocks)), assembly):
+        for chunk in _pieces(call, assembly):
             if "lowrouter" in chunk:
                 _check_route(call, chunk)
-            yield chunk
-            call.clock.enter("idle")
             if call.abandoned:
                 break
+            yield chunk
+            call.clock.enter("idle")
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():
-            raise StreamError(f"{call.gateway.name} ended the stream before the answer")
+            raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
         error = call.failure(cause)
     call.close()
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
         completion = assembly.completion()
-        error.completion = call.scrubbed(completion) if assembly.fields else None
-        error.generation_id = completion.generation_id
+        if assembly.fields:
+            error.completion = call.scrubbed(completion)
+        error.generation_id = completion.generation_id or error.generation_id
         assembly.error = error
         raise error
 
@@ -1272,18 +1341,10 @@ class Stream:
         self.headers, self._call = call.response.headers, call
         self._assembly = _Assembly(self.headers)
         _check_route(call, self.completion)
-        kind, blocks = self.headers.get_content_type(), iter(call.read, b"")
-        first = b"" if kind == "text/event-stream" else next(blocks, b"")
-        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # of data, event, id, retry or a comment
-        streams = start in (b"d", b"e", b"i", b"r", b":") or kind == "text/event-stream"
-        if not (streams or (first and not start and kind == "text/plain")):
-            call.received += first
-            self._assembly.whole = _whole(call)
-            chunk = Chunk(self._assembly.whole)
-            chunk.headers = self.headers
-            self._chunks: Iterator[Chunk] = iter([chunk])
-        else:
-            self._chunks = _read_stream(call, itertools.chain([first], blocks), self._assembly)
+        self._chunks = _read_stream(call, self._assembly)
+        if self.headers.get_content_type() != "text/event-stream":
+            first = list(itertools.islice(self._chunks, 1))  # an error, most likely
+            self._chunks = itertools.chain(first, self._chunks)
 
     @property
     def completion(self) -> Completion:
@@ -1301,9 +1362,9 @@ class Stream:
             pass
         if self._assembly.error:
             raise self._assembly.error
-        if self._assembly.whole is None and not self._assembly.complete():
-            come = self._call.scrubbed(self.completion)
-            raise StreamError("the stream was closed before its end", completion=come)
+        if not self._assembly.complete():
+            come = self.completion if self._assembly.fields else None
+            raise self._call.failure(StreamError("was hung up before its answer", completion=come))
         return self.completion
 
     def close(self) -> None:
@@ -1359,6 +1420,8 @@ class Client:
         self._transport = _Transport(self._gateway, max_retries)
 
     def __repr__(self) -> str:
+        if "_transport" not in vars(self):
+            return "Client(with settings that cannot be used)"
         key = "..." + (self._key.value[-4:] if len(self._key.value) > 8 else "")
         return f"Client({key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
 
@@ -1380,12 +1443,13 @@ class Client:
         clock = _Clock(given.get("timeout", self._timeout), given.get("deadline", self._deadline))
         call = _Call(self._gateway, clock, self._key.current(), method, path, body)
         call.head.update(self._headers)
+        call.pins = _pins(_as(dict, body), self._headers)
         return call
 
     def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
         body = _chat_body(messages, streams, self._model, self._route, options)
         call = self._call("POST", "/chat/completions", body, options)  # [seed]
-        call.streams, call.pins = streams, _pins(body, self._headers)
+        call.streams = streams
         return call
 
     def chat(self, /, messages: str | list[Json], **options: Any) -> Completion:
@@ -1417,8 +1481,8 @@ class Client:
             raise ConfigError(
                 f"a path below the base URL is meant, such as /providers, not {path!r}"
             )
-        path = "/" + urllib.parse.quote(path.lstrip("/"), safe=_IN_URLS + "?", errors="replace")
-        return self._transport.send(self._call(method.upper(), path, body), _Call.json)
+        path = "/" + _quoted(path.lstrip("/"), _IN_URLS + "?")
+        return self._transport.send(self._call(method.upper(), path, body), _any_json)
 
     def models(self, refresh: bool = False) -> list[Json]:
         """Return the routable models [seed], kept for an hour; only their `id` is sure.
@@ -1447,8 +1511,7 @@ class Client:
         """
         if not isinstance(generation_id, str) or generation_id in ("", ".", ".."):
             raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
-        segment = urllib.parse.quote(generation_id, safe="", errors="replace")  # it is opaque
-        call = self._call("GET", "/generation/" + segment)
+        call = self._call("GET", "/generation/" + _quoted(generation_id, ""))  # it is opaque
         end = time.monotonic() + _seconds("wait", wait)
         while True:
             try:
@@ -1460,7 +1523,7 @@ class Client:
                     raise
         record = record if "generation_id" in record else _as(dict, record.get("data")) or record
         if not record:
-            raise BadResponseError(f"{self._gateway.name} sent no record of {generation_id}")
+            raise call.failure(BadResponseError(f"sent no record of {_line(generation_id)}"))
         return record
 
 
@@ -1476,24 +1539,25 @@ def _made_for(*environment: str | None) -> Client:
     return Client()
 
 
-def _client() -> Client:
+def _client(**options: Any) -> Client:
     """The shared client, made anew when a variable of the environment has changed."""
+    _check_names(options)
     return _made_for(*map(os.environ.get, _VARIABLES))
 
 
 def chat(messages: str | list[Json], **options: Any) -> Completion:
     """Ask, and return the whole answer: `Client.chat` of the shared client."""
-    return _client().chat(messages, **options)
+    return _client(**options).chat(messages, **options)
 
 
 def stream(messages: str | list[Json], **options: Any) -> Stream:
     """Ask, and return the chunks as they come: `Client.stream` of the shared client."""
-    return _client().stream(messages, **options)
+    return _client(**options).stream(messages, **options)
 
 
 def curl(messages: str | list[Json], stream: bool = False, **options: Any) -> str:
     """Return the curl command of a call: `Client.curl` of the shared client."""
-    return _client().curl(messages, stream, **options)
+    return _client(**options).curl(messages, stream, **options)
 
 
 def request(method: str, path: str, body: Any = None) -> Any:
@@ -1518,7 +1582,7 @@ chat [PROMPT]: stream an answer; a pipe is the prompt, or goes below it
   -m MODEL  -s TEXT    the model [lowrouter/auto]; a system message
   --region R  --provider P   an answer from there, or none
   -p KEY=JSON          a field of the body; bare words are strings
-  --body FILE          a whole request, which the other options override
+  --body FILE or -     a whole request, which the other options override
   --no-stream  --curl   wait for all of it; print the curl command instead
   -v                   route, tokens and eco numbers on stderr, as on a terminal
     lowrouter chat "In one sentence, what is a vector database?"
@@ -1541,7 +1605,7 @@ get PATH: get any other path below the base URL
     lowrouter get /providers
     lowrouter get /credits
 with any command: --help says what it does, --version is that of lowrouter
-  --json               JSON on stdout, and errors as JSON on stderr
+  --json               JSON on stdout (batch: in OUT), errors as JSON on stderr
   --timeout SECONDS    for connecting, for the answer, for a silence in it [600]
   --deadline SECONDS   for a whole call
   --allow-http         plain http also to other machines
@@ -1554,8 +1618,8 @@ _CELL = 12  # characters that a cell keeps on a narrow terminal: of most names e
 _TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
 _DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
-_LONGEST_PAUSE = 60.0  # seconds; who is put off for longer has to run the batch again
-_HOPELESS = (AuthenticationError, InsufficientCreditsError)  # the other lines would fare no better
+_HOPELESS = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
+_NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whole answer
 _PATIENCE = 5.0  # seconds that Ctrl-C leaves to what is under way: who waits longer presses again
 
 
@@ -1635,7 +1699,7 @@ def _table(models: list[Json], word: str) -> Iterator[str]:
 
 def _exit_status(error: BaseException) -> int:
     """What a script sees of an error."""
-    status, part = getattr(error, "status", 0), getattr(error, "completion", None)
+    status, part = getattr(error, "status", None), getattr(error, "completion", None)
     if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None):
         return 2  # also a file that cannot be opened
     if isinstance(error, RouteMismatchError) or getattr(error, "pinned", False):
@@ -1652,7 +1716,8 @@ def _chat_request(options: Json, words: list[str]) -> Json:
     """The body of --body, overridden by -p, and both by the options that have a name."""
     body: Any = {}
     if options.get("body"):
-        with open(options["body"], "rb") as file:
+        piped = options["body"] in ("-", "/dev/stdin")
+        with contextlib.nullcontext(sys.stdin) if piped else open(options["body"], "rb") as file:
             body = _parsed(file.read())
     fields = [field.partition("=") for field in options["p"]]
     if not isinstance(body, dict) or not all(name and equals for name, equals, _ in fields):
@@ -1724,19 +1789,20 @@ def _look(client: Client, command: str, options: Json, words: list[str]) -> None
     _put("".join(shown), sys.stdout)
 
 
-def _jobs(source: Iterable[bytes]) -> Iterator[tuple[int, str, Json]]:
+def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, Json]]:
     """Line number, id and body of each request; at the end an error if some lines are none."""
     lines: dict[str, int] = {}
     problems = []
     for number, line in filter(lambda each: each[1].strip(), enumerate(source, 1)):
         job = job if isinstance(job := _parsed(line), dict) else {}
-        name, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
-        if lines.setdefault(str(name), number) != number:
-            problems.append(f"line {number} has the custom_id of line {lines[str(name)]}")
-        elif not isinstance(name, str) or not isinstance(body, dict) or "messages" not in body:
-            problems.append(f"line {number} is no request")
-        else:
-            yield number, name, body
+        custom_id, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
+        try:
+            client.curl(**{"messages": None, **body})  # which refuses what cannot be sent
+            if lines.setdefault("" + custom_id, number) != number:
+                raise ConfigError(f"its custom_id is that of line {lines[custom_id]}")
+            yield number, custom_id, body
+        except (LowRouterError, TypeError) as error:
+            problems.append(f"line {number} is no request: {error}")
     if problems:
         raise ConfigError("; ".join(problems[:9]) + f" ({len(problems)} bad lines, nothing sent)")
 
@@ -1759,8 +1825,8 @@ def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
             out.write(b"\n")
 
 
-def _rewrite(out: Any) -> tuple[str, int]:
-    """Rewrite OUT with one line per id; return the totals, and how many lines have failed."""
+def _rewrite(out: Any) -> str:
+    """Rewrite OUT with one line per id; return its totals."""
     last = {custom_id: number for number, (_, custom_id, _) in enumerate(_results(out))}
     spent = []
     with open(out.name + _DRAFT, "wb") as file:
@@ -1778,18 +1844,17 @@ def _rewrite(out: Any) -> tuple[str, int]:
     for name, column in zip(_TOTALS.values(), zip(*spent)):
         given = [n for n in column if isinstance(n, (int, float)) and abs(n) < 1e15]  # no NaN
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
-        totals += f", {sum(given):,.9g} {name}{none}"
-    return totals, len(last) - len(spent)
+        totals += f", {round(sum(given), 9):,} {name}{none}"
+    return totals
 
 
 def _record(custom_id: str, outcome: Any) -> Json:
     """The line of OUT for an answer or an error, in the shape of OpenAI's batches."""
-    failed, headers = isinstance(outcome, Exception), getattr(outcome, "headers", None) or {}
+    headers, status = getattr(outcome, "headers", None) or {}, getattr(outcome, "status", 200)
     code = getattr(outcome, "code", None) or type(outcome).__name__
-    status = getattr(outcome, "status", None if failed else 200)
     response = {"status_code": status, "request_id": headers.get("X-Request-Id")}
     response["body"] = getattr(outcome, "body", outcome)
-    error = {"code": code, "message": str(outcome)} if failed else None
+    error = {"code": code, "message": str(outcome)} if isinstance(outcome, Exception) else None
     return {"custom_id": custom_id, "response": response if status else None, "error": error}
 
 
@@ -1805,23 +1870,24 @@ class _Batch:
 
     def ask(self, custom_id: str, body: Json) -> Json | None:
         """Send a request and return its line for OUT; None when the batch was stopped before."""
-        outcome: Any = None
-        for pause in _PAUSES:
-            if self.stop.wait(max(0.0, self.start - time.monotonic())):
-                break
+        pauses, done = iter(_PAUSES), self.done
+        while not self.stop.wait(max(0.0, self.start - time.monotonic())):
             try:
-                outcome = self.client.chat(**{**body, "stream": None, "stream_options": None})
-                break
-            except (LowRouterError, TypeError) as error:
-                outcome = error
-            told = getattr(outcome, "retry_after", None) or pause
-            if told > _LONGEST_PAUSE or isinstance(outcome, _HOPELESS):
+                return _record(custom_id, self.client.chat(**{**body, **_NO_STREAM}))
+            except LowRouterError as error:
+                failure: Any = error
+            if isinstance(failure, RateLimitError) and self.done > done:
+                pauses, done = iter(_PAUSES), self.done  # others get through, so this one shall
+            pause = next(pauses)
+            wait = getattr(failure, "retry_after", None) or pause
+            if isinstance(failure, RateLimitError):  # the others have to wait, too
+                self.start = max(self.start, time.monotonic() + wait)
+            hopeless = isinstance(failure, _HOPELESS) and not getattr(failure, "pinned", False)
+            if hopeless and not failure.retryable:
                 self.stop.set()
-            if isinstance(outcome, RateLimitError):  # the others have to wait, too
-                self.start = max(self.start, time.monotonic() + told)
-            if not pause or not getattr(outcome, "retryable", False) or self.stop.wait(told):
-                break
-        return outcome and _record(custom_id, outcome)
+            if not pause or not failure.retryable or self.stop.wait(wait):
+                return _record(custom_id, failure)
+        return None
 
     def write(self, tasks: set[Any]) -> None:
         """Append what has become of finished tasks."""
@@ -1852,7 +1918,7 @@ class _Batch:
         """Keep the workers busy; after Ctrl-C they have some seconds for what is under way."""
         from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-        pool = ThreadPoolExecutor(workers)
+        pool, jobs = ThreadPoolExecutor(workers), itertools.islice(jobs, self.total)
         tasks = (pool.submit(self.ask, i, body) for _, i, body in jobs if not self.stop.is_set())
         under_way = set(itertools.islice(tasks, workers))
         try:
@@ -1884,24 +1950,23 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
         except (AttributeError, OSError):
             pass  # Windows, and file systems without locks
         done = {custom_id for _, custom_id, answer in _results(out) if answer is not None}
-        todo = {i for n, i, _ in _jobs(source) if (n - part) % parts == 0 and i not in done}
+        todo = {i for n, i, _ in _jobs(source, client) if (n - part) % parts == 0 and i not in done}
         source.seek(0)
         batch = _Batch(client, out, len(todo), "q" in options)
         try:
-            batch.run((job for job in _jobs(source) if job[1] in todo), int(workers))
-            totals, failed = _rewrite(out)
+            batch.run((job for job in _jobs(source, client) if job[1] in todo), int(workers))
+            totals = _rewrite(out)
         except OSError as error:
             batch.stop.set()
+            with contextlib.suppress(OSError):
+                os.unlink(out.name + _DRAFT)
             with contextlib.suppress(OSError):
                 out.close()  # which fails again, and then had the last word
             kept = "what was written is kept: make room and run the same command again"
             raise OSError(f"{words[1]} cannot be written ({error.strerror}); {kept}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(out.name + _DRAFT)
-    hint = f"; first: {batch.problem}; the same command sends again what failed or is left"
-    _put(totals + hint * bool(batch.problem) + "\n", sys.stderr)
-    return 9 if failed else 0
+    hint = f", {len(todo) - batch.done} not sent; first: {batch.problem}; the same command goes on"
+    _put(totals + hint * bool(batch.failed) + "\n", sys.stderr)
+    return 9 if batch.failed else 0
 
 
 def _readable(text: str) -> str:
@@ -1918,7 +1983,7 @@ def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
     command = argv[0] if argv and argv[0] in texts else ""
     text = f"{texts[command]}\n{always}" if command else f"COMMAND ...: \n{_HELP}"
     usage, _, rest = text.partition(": ")
-    flags = " ".join(re.findall(r"(?m)^  (-.*?)   ", text)) + " --help --version"
+    flags = " ".join(re.findall(r"(?m)^  (-.*?)   ", text)) + " -h --help --version"
     known = re.findall(r"(--?)([a-z-]+) ?([A-Z/=]*)", flags)
     short = "".join(name + ":" * bool(value) for dash, name, value in known if dash == "-")
     long = [name + "=" * bool(value) for dash, name, value in known if dash == "--"]
@@ -1936,7 +2001,7 @@ def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
             raise ConfigError(f"{name} has no value: is a variable empty?")
     options: Json = {name.lstrip("-"): value for name, value in pairs}
     options["p"] = [value for name, value in pairs if name == "-p"]
-    if "help" in options:
+    if options.keys() & {"h", "help"}:
         return "", options, [f"usage: lowrouter {usage}\n{rest}"]
     if "version" in options:
         return "", options, [f"lowrouter {__version__} (Python {sys.version.split()[0]})\n"]
@@ -1971,7 +2036,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, that of the program by default, and return the exit status."""
-    program, argv = argv is None, sys.argv[1:] if argv is None else argv
+    program, argv = argv in (None, sys.argv[1:]), sys.argv[1:] if argv is None else argv
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or io.StringIO())  # it was closed
         errors = "replace" if name == "stdin" else "backslashreplace"
@@ -1982,6 +2047,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # the reader has had enough
     except KeyboardInterrupt:
+        if program:
+            from signal import SIG_IGN, SIGINT, signal
+
+            signal(SIGINT, SIG_IGN)  # once is enough
         status, text = 130, "lowrouter: interrupted"
         text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
         text = "\n" * sys.stdout.isatty() + text
@@ -2000,7 +2069,7 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 sys.stdout.close()  # else the interpreter would try again, and complain
     _put(text + "\n", sys.stderr)
-    if program and argv[:1] == ["batch"]:
+    if program and (status == 130 or argv[:1] == ["batch"]):
         os._exit(status)  # the end of the interpreter would wait for requests that are under way
     return status
 

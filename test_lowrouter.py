@@ -2717,19 +2717,18 @@ class TestGeneration(Played):
             "\0",
             "...",
         )
-        for generation_id in (*ids, "\U0001f600", "a;b", "gen_01J9~-_.", "\ud800"):
+        for generation_id in (*ids, "\U0001f600", "a;b", "gen_01J9~-_."):
             with self.subTest(repr(generation_id)):
                 self.stub.play(http({"generation_id": "x"}))
                 self.assertEqual(client.generation(generation_id), {"generation_id": "x"})
                 prefix, _, segment = self.stub.requests[-1].path.rpartition("/")
                 self.assertEqual(prefix, "/api/v1/generation")
                 self.assertRegex(segment, r"\A[A-Za-z0-9_.~%-]+\Z")
-                if generation_id != "\ud800":
-                    self.assertEqual(urllib.parse.unquote(segment), generation_id)
+                self.assertEqual(urllib.parse.unquote(segment), generation_id)
 
     def test_what_is_no_id_is_refused_and_nothing_is_sent(self) -> None:
         client = self.client()
-        for generation_id in ("", ".", "..", None, 5, b"gen_1", ["gen_1"]):
+        for generation_id in ("", ".", "..", "\ud800", None, 5, b"gen_1", ["gen_1"]):
             with self.subTest(repr(generation_id)):
                 self.failure(lowrouter.ConfigError, client.generation, generation_id)
         self.assertEqual(self.stub.connections, 0)
