@@ -44,7 +44,7 @@ import warnings
 TYPE_CHECKING = False  # true for type checkers, so that `typing` itself is never imported
 if TYPE_CHECKING:
     from email.message import Message
-    from typing import Any, Callable, Iterable, Iterator, TypeVar
+    from typing import Any, Callable, Generator, Iterable, Iterator, TypeVar
 
     Json = dict[str, Any]  # an object
     T = TypeVar("T")
@@ -1301,7 +1301,7 @@ def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
         yield chunk
 
 
-def _read_stream(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
+def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, None]:
     """Read a stream to its end: a whole answer, or an error with what has come."""
     error: LowRouterError | None = None
     try:
@@ -1309,10 +1309,10 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
         for chunk in _pieces(call, assembly):
             if "lowrouter" in chunk:
                 _check_route(call, chunk)
-            if call.abandoned:
-                break
             yield chunk
             call.clock.enter("idle")
+            if call.abandoned:
+                break
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():
@@ -1341,10 +1341,10 @@ class Stream:
         self.headers, self._call = call.response.headers, call
         self._assembly = _Assembly(self.headers)
         _check_route(call, self.completion)
-        self._chunks = _read_stream(call, self._assembly)
+        self._chunks: Generator[Chunk, None, None] = _read_stream(call, self._assembly)
         if self.headers.get_content_type() != "text/event-stream":
             first = list(itertools.islice(self._chunks, 1))  # an error, most likely
-            self._chunks = itertools.chain(first, self._chunks)
+            self._chunks = (chunk for part in (first, self._chunks) for chunk in part)
 
     @property
     def completion(self) -> Completion:
@@ -1370,7 +1370,8 @@ class Stream:
     def close(self) -> None:
         """Stop reading; a thread that waits in the iteration is woken and ends it."""
         self._call.abandon()
-        if not getattr(self._chunks, "gi_running", False):  # else that thread hangs up
+        with contextlib.suppress(ValueError):  # that thread is amid it, and hangs up
+            self._chunks.close()
             self._call.close()
 
     def __iter__(self) -> Iterator[Chunk]:

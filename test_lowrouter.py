@@ -57,6 +57,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
+import weakref
 import zipfile
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1340,6 +1341,29 @@ class TestErrors(Played):
                 self.assertIn(hint, str(error))
                 self.assertIn("127.0.0.1", str(error))
 
+    def test_an_error_does_not_hold_its_client(self) -> None:
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for answer in (
+            http({"error": "no"}, "400 Bad"),
+            http("no JSON"),
+            http(whole_answer()),
+            CUT,
+        ):
+            with self.subTest(answer):
+                self.stub.play(answer)
+                client = lowrouter.Client(KEY, base_url=self.stub.url, route={"region": "x"})
+                gone, error = weakref.ref(client), None
+                with contextlib.closing(client):
+                    try:
+                        client.chat("Hi", **{"max_tokens": 5})
+                    except lowrouter.LowRouterError as caught:
+                        error = caught.with_traceback(None)
+                del client
+                self.assertIsNone(gone())
+                del error
+
 
 # ---- request ------------------------------------------------------------------------------------
 
@@ -1532,6 +1556,16 @@ class TestRequest(Played):
                 body = self.stub.requests[-1].json
                 self.assertIs(body["stream"], True)
                 self.assertEqual(body["stream_options"], sent)
+
+    def test_usage_is_asked_for_in_a_stream_unless_the_caller_says_otherwise(self) -> None:
+        client = self.client()
+        for given, sent in (
+            ({}, {"include_usage": True}),
+            ({"stream_options": {}}, {}),
+            ({"stream_options": None}, None),
+        ):
+            client.stream("Hi", **given).close()
+            self.assertEqual(self.stub.requests[-1].json.get("stream_options"), sent)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -1784,6 +1818,26 @@ class TestSettings(Played):
             self.assertIn("5", stream.result().text)  # what is under way goes on
             os.environ["LOWROUTER_API_KEY"] = "another-key"
             self.assertRaises(lowrouter.AuthenticationError, lowrouter.chat, "Hi")
+
+    def test_settings_that_cannot_be_used_can_be_looked_at(self) -> None:
+        for settings in ({"base_url": "nonsense"}, {"api_key": "a b"}, {"headers": 5}):
+            client = lowrouter.Client.__new__(lowrouter.Client)
+            with self.assertRaises(lowrouter.ConfigError):
+                client.__init__(**{"api_key": KEY, **settings})
+            self.assertIn("cannot be used", repr(client))
+
+    def test_what_cannot_stand_in_a_url_is_refused(self) -> None:
+        for url in ("https://h/\ud800", "https://h:0/v1", "https://h/a b"):
+            with self.subTest(url), self.assertRaises(lowrouter.ConfigError):
+                lowrouter.Client(KEY, base_url=url)
+        self.assertRaises(lowrouter.ConfigError, self.client().request, "GET", "/a\ud800b")
+        self.assertEqual(self.stub.requests, [])
+
+    def test_a_setting_given_to_a_function_is_told_also_without_a_key(self) -> None:
+        for function in (lowrouter.chat, lowrouter.stream, lowrouter.curl):
+            for name in ("api_key", "base_url", "max_retries"):
+                with self.assertRaisesRegex(TypeError, rf"Client\({name}="):
+                    function("Hi", **{name: "x"})
 
 
 # ---- streams ------------------------------------------------------------------------------------
@@ -2412,6 +2466,107 @@ class TestStreams(Played):
             stream = client.stream("Count to 5 slowly")
         self.assertIn("5", stream.result().text)
 
+    def test_an_empty_word_does_not_replace_what_was_said(self) -> None:
+        said = {"id": "c1", "model": "m", "usage": {"total_tokens": 3}}
+        block = {"region": "eu-west", "provider": "", "eco": {"energy_wh": 1}, "note": None}
+        events = (
+            {**delta("a", "stop"), **said, "lowrouter": block},
+            {**delta(), **dict.fromkeys(said, ""), "lowrouter": dict.fromkeys(block, None)},
+            {"choices": [], **dict.fromkeys(said), "new": None},
+        )
+        self.stub.play(stream_head(X_LowRouter_Provider="openai ") + chunked(sse(*events)))
+        answer = self.client().stream("Hi").result()
+        self.assertEqual({name: answer[name] for name in said}, said)
+        self.assertEqual((answer.region, answer.provider), ("eu-west", "openai"))
+        self.assertEqual(answer.eco, {"energy_wh": 1})
+        self.assertEqual((answer["new"], answer["lowrouter"]["note"]), (None, None))
+
+    def test_what_a_choice_says_besides_its_delta_is_kept(self) -> None:
+        client = self.client()
+        for choice in (
+            {"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [1]}},
+            {"delta": {"content": "a"}, "logprobs": {"content": [1]}},
+            {"index": 0, "logprobs": {"content": [1]}},
+        ):
+            with self.subTest(choice):
+                self.stub.play(
+                    STREAM_HEAD + chunked(sse({"choices": [choice]}, delta("b", "stop")))
+                )
+                answer = client.stream("Hi").result()
+                self.assertEqual(answer["choices"][0]["logprobs"], {"content": [1]})
+
+    def test_an_error_in_a_choice_is_an_error(self) -> None:
+        client = self.client(max_retries=0)
+        said = {"code": 502, "message": "upstream broke"}
+        for choice in ({"error": said}, {"error": said, "finish_reason": "error"}):
+            whole = {"choices": [{"message": {"content": "a"}, **choice}]}
+            events = sse(delta("a"), {"choices": [{"index": 0, "delta": {}, **choice}]})
+            for name, answer in (
+                ("chat", http(whole)),
+                ("stream", http(whole)),
+                ("stream", STREAM_HEAD + chunked(events)),
+            ):
+                with self.subTest(choice, call=name):
+                    self.stub.play(answer)
+                    call = lambda: getattr(client, name)("Hi").result()  # noqa: B023, E731
+                    error = self.failure(lowrouter.BadResponseError, call)
+                    self.assertEqual((error.code, error.message), (502, "upstream broke"))
+                    self.assertIn("upstream broke", str(error))
+                    self.assertEqual(error.completion.text, "a")
+
+    def test_every_error_of_a_stream_names_the_gateway_and_says_what_happened(self) -> None:
+        client, name = self.client(max_retries=0), f"{self.stub.host}:{self.stub.port} "
+        for events, text in (
+            (sse(delta("a", "error")), "no reason was given"),
+            (sse({"error": {"message": "boom"}}), "boom"),
+            (sse(delta("a"), "no JSON"), "no JSON object"),
+            (sse(delta("a"), done=False), "ended the stream"),
+        ):
+            with self.subTest(text):
+                self.stub.play(STREAM_HEAD + chunked(events))
+                error = self.failure(lowrouter.StreamError, client.stream("Hi").result)
+                self.assertTrue(str(error).startswith(name), error)
+                self.assertEqual(str(error).count(name), 1)
+                self.assertIn(text, str(error))
+
+    def test_a_document_that_is_said_to_be_a_stream_is_read_as_what_it_is(self) -> None:
+        client, error = self.client(max_retries=0), {"error": {"message": "oops", "code": "z"}}
+        for body, text in ((error, "oops"), ("<html>no</html>", "HTML: a proxy answered")):
+            with self.subTest(text):
+                self.stub.play(http(body, content_type="text/event-stream"))
+                caught = self.failure(lowrouter.BadResponseError, client.stream("Hi").result)
+                self.assertIn(text, str(caught))
+        self.stub.play(http(answer_from("eu-west"), content_type="text/event-stream"))
+        with client.stream("Hi") as stream:
+            self.assertEqual([chunk.text for chunk in stream], [stream.completion.text])
+
+    def test_what_an_error_event_says_of_its_route_is_kept(self) -> None:
+        last = {"error": {"message": "no"}, "lowrouter": {"generation_id": "gen_e"}}
+        last.update(choices=[], usage={"total_tokens": 7})
+        self.stub.play(STREAM_HEAD + chunked(sse(delta("a"), last)))
+        error = self.failure(lowrouter.StreamError, self.client().stream("Hi").result)
+        self.assertEqual((error.generation_id, error.completion.text), ("gen_e", "a"))
+        self.assertEqual(error.completion.usage, {"total_tokens": 7})
+
+    def test_a_stream_that_is_closed_before_its_first_chunk_gives_none(self) -> None:
+        client = self.client()
+        for answer in (STREAM_HEAD + chunked(sse(delta("a"), delta("b", "stop"))), STALL):
+            with self.subTest(answer):
+                self.stub.play(STREAM_HEAD if answer == STALL else answer, STALL)
+                stream = client.stream("Hi")
+                stream.close()
+                self.assertEqual(list(stream), [])
+                error = self.failure(lowrouter.StreamError, stream.result)
+                self.assertIsNone(error.completion)
+
+    def test_the_input_of_a_custom_tool_grows(self) -> None:
+        calls = [{"index": 0, "type": "custom", "custom": {"name": "run", "input": "pri"}}]
+        more = [{"index": 0, "custom": {"input": "nt(1)"}}]
+        events = sse(delta(tool_calls=calls), delta(tool_calls=more), delta(finish="stop"))
+        self.stub.play(STREAM_HEAD + chunked(events))
+        (call,) = self.client().stream("Hi").result().tool_calls
+        self.assertEqual(call["custom"], {"name": "run", "input": "print(1)"})
+
 
 # ---- routes -------------------------------------------------------------------------------------
 
@@ -2534,6 +2689,31 @@ class TestRoute(Played):
         self.assertEqual(client.chat("Hi", route={"region": "us-east"}).region, "us-east")
         self.stub.play(http(answer_from("us-east")))
         self.failure(lowrouter.RouteMismatchError, client.chat, "Hi")
+
+    def test_an_empty_name_is_no_evidence(self) -> None:
+        client = self.client(route={"region": "eu-west"})
+        for answer in (
+            http(whole_answer(), X_LowRouter_Region=""),
+            http({**whole_answer(), "lowrouter": {"region": " "}}),
+        ):
+            self.stub.play(answer)
+            self.assertEqual(client.chat("Hi").text, "whole")
+
+    def test_the_pins_of_any_request_are_kept(self) -> None:
+        for settings, body in (
+            ({}, {"messages": [], "route": {"region": "eu-west"}}),
+            ({"headers": {"X-LowRouter-Region": "eu-west"}}, {"messages": []}),
+        ):
+            with self.subTest(settings):
+                client, before = self.client(**settings), len(self.stub.requests)
+                self.stub.play(http({"error": "no"}, "503 No", retry_after="0"))
+                call = client.request, "POST", "/completions", body
+                self.assertTrue(self.failure(lowrouter.NoProviderError, *call).pinned)
+                self.assertEqual(len(self.stub.requests), before + 1)
+                self.stub.play(http(answer_from("us-east")))
+                self.failure(lowrouter.RouteMismatchError, *call)
+                self.stub.play(http(answer_from("eu-west")))
+                self.assertEqual(client.request(*call[1:]), answer_from("eu-west"))
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -2687,6 +2867,22 @@ class TestModels(Played):
                 client = self.client(cache_dir=folder)
                 self.assertEqual(client.models(), client.models())
         self.assertEqual(self.asked(), 4)
+
+    def test_a_list_that_holds_the_key_is_not_written(self) -> None:
+        os.makedirs(self.folder)
+        client = self.client(cache_dir=os.fsencode(self.folder))
+        self.stub.play(http({"data": [{"id": "m", "owner": KEY}]}))
+        self.assertEqual(client.models()[0]["owner"], KEY)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_no_draft_is_left_when_the_file_cannot_be_replaced(self) -> None:
+        client = self.client(cache_dir=self.folder)
+        client.models()
+        (name,) = os.listdir(self.folder)
+        os.remove(os.path.join(self.folder, name))
+        os.mkdir(os.path.join(self.folder, name))
+        client.models(refresh=True)
+        self.assertEqual(os.listdir(self.folder), [name])
 
 
 # ---- generations --------------------------------------------------------------------------------
@@ -3931,6 +4127,12 @@ class TestRetries(Timed):
                 self.assertLessEqual(max(self.waits, default=0), 60)
                 self.assertTrue(error.retry_after is None or 60 < error.retry_after < 1e12)
 
+    def test_white_space_around_retry_after_says_nothing(self) -> None:
+        self.stub.play(http({"error": "slow"}, "429 Slow", retry_after=" 61 "))
+        with self.assertRaises(lowrouter.RateLimitError) as caught:
+            self.client().chat("Hi")
+        self.assertEqual((caught.exception.retry_after, len(self.stub.requests)), (61, 1))
+
 
 class TestTruncation(Clean):
     def framings(self, content_type, *blocks):
@@ -4364,6 +4566,13 @@ class TestKey(Timed):
             with self.assertRaises(lowrouter.BadResponseError):
                 self.client().request("GET", "/models")
             self.assertEqual(other.connections, 0)
+
+    def test_half_a_key_at_the_end_of_a_cut_body_is_hidden_too(self):
+        for size in range(16, len(KEY)):
+            self.stub.play(http('{"error": "' + KEY[:size], "401 No"))
+            with self.assertRaises(lowrouter.AuthenticationError) as caught:
+                self.client(max_retries=0).chat("Hello")
+            self.assert_key_is_hidden(all_that_shows(caught.exception))
 
 
 SETTINGS = """
@@ -6180,6 +6389,16 @@ class TestCommandLine(_Commands):
                 )
                 self.assertEqual((done.returncode, done.stdout), (0, b"Hello!"))
 
+    def test_the_body_may_come_through_a_pipe(self) -> None:
+        body = {"model": "openai/gpt-4o", "messages": [{"role": "user", "content": "Say hello"}]}
+        status = self.run_main("chat", "--body", "-", stdin=json.dumps(body).encode())
+        self.assertEqual((status, self.out), (0, "Hello!"))
+        self.assertEqual(self.sent()[0]["messages"], body["messages"])
+
+    def test_h_is_help(self) -> None:
+        self.assertEqual(self.run_main("chat", "-h"), 0)
+        self.assertIn("usage: lowrouter chat", self.out)
+
 
 class TestBatch(_Commands):
     def lines(self, *jobs: object) -> str:
@@ -6557,6 +6776,45 @@ class TestBatch(_Commands):
         self.assertEqual(self.run_main("batch", self.numbered(1), os.devnull), 2)
         self.assertEqual(self.run_main("batch", self.path("missing"), self.path("o")), 2)
         self.assertEqual(self.sent(), [])
+
+    def test_a_route_that_nobody_serves_does_not_stop_the_others(self) -> None:
+        jobs = [self.job(f"id-{number}") for number in range(10)]
+        jobs[2]["body"]["route"] = {"region": "eu-west"}
+        for number in range(10):
+            refused = http({"error": "no"}, "503 No", retry_after="100")
+            self.stub.play(refused if number == 2 else http(self.answer()))
+        self.assertEqual(self.batch(self.lines(*jobs), "--workers", "1"), 9)
+        self.assertIn("10 requests, 1 failed", self.err)
+        self.assertIn("0 not sent", self.err)
+
+    def test_a_gateway_that_lets_one_through_now_and_then_serves_all(self) -> None:
+        for refusals in (7, 7, 7, 5, 3, 1):
+            for _ in range(refusals):
+                self.stub.play(http({"error": "slow"}, "429 Slow", retry_after="0.1"))
+            self.stub.play(http(self.answer()))
+        self.assertEqual(self.batch(self.numbered(6), "--workers", "4"), 0)
+
+    def test_what_cannot_be_sent_is_told_before_anything_is_sent(self) -> None:
+        for body in (
+            {"messages": None},
+            {"messages": ["a"]},
+            {"messages": [], "temperature": float("nan")},
+            {"messages": [], "route": "eu-west"},
+            {"messages": [], "api_key": "x"},
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+        ):
+            with self.subTest(body):
+                source = self.lines(self.job("a"), {"custom_id": "b", "body": body})
+                self.assertEqual(self.batch(source), 2)
+                self.assertIn("line 2 is no request: ", self.err)
+                self.assertEqual(self.err.count("\n"), 1)
+        self.assertEqual(self.sent(), [])
+
+    def test_what_is_no_more_in_in_does_not_count(self) -> None:
+        self.stub.play(http({"error": "no"}, "400 Bad"))
+        self.assertEqual(self.batch(self.lines(self.job("bad"), self.job("a"))), 9)
+        self.assertEqual(self.batch(self.lines(self.job("a"), self.job("b"))), 0)
+        self.assertEqual(len(self.results()), 3)
 
 
 # ---- the README ---------------------------------------------------------------------------------
