@@ -738,14 +738,6 @@ class _Call(urllib.request.Request):
         halves = (self.key[:size] for size in range(len(self.key) - 1, _KEY_LENGTH, -1))
         return text[: -len(next(filter(text.endswith, halves), "")) or None]
 
-    def scrubbed(self, completion: Completion | None) -> Completion | None:
-        """What an error carries of an answer, since errors end in logs."""
-        if completion is None:
-            return None
-        clean = Completion(self.scrub(completion))
-        clean.headers = completion.headers
-        return clean
-
     def translated(self, cause: Exception) -> LowRouterError:
         """Our error for a foreign one, by the phase in which it was raised."""
         clock, phase = self.clock, self.clock.phase
@@ -767,7 +759,7 @@ class _Call(urllib.request.Request):
         kind = StreamError if self.streams and phase == "idle" else BadResponseError
         return kind(reason, retryable=again)
 
-    def failure(self, cause: Exception) -> LowRouterError:
+    def failure(self, cause: Exception, come: Completion | None = None) -> LowRouterError:
         """Our error for whatever was raised: short, with what has come, and without the key.
 
         Who holds it does not hold what the call held, its wire and the client, by its traceback.
@@ -776,8 +768,11 @@ class _Call(urllib.request.Request):
         name, what = self.gateway.name, str(error)
         what = what if what.startswith(name) else f"{name} {what}"
         told = {"body": self.shown() or None, **vars(error)}
-        completion = self.scrubbed(told.pop("completion", None))
-        vars(error).update(self.scrub(told), completion=completion)
+        come = come or told.pop("completion", None)
+        vars(error).update(self.scrub(told))
+        if come is not None:
+            error.completion = Completion(self.scrub(come))  # errors end in logs
+            error.completion.headers = come.headers
         error.args = (self.scrub(what)[:_MESSAGE_LIMIT],)
         error.__context__ = error.__traceback__ = None
         return error
@@ -1318,14 +1313,11 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
         elif not assembly.complete():
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
-        error = call.failure(cause)
+        error = call.failure(cause, assembly.completion() if assembly.fields else None)
+        error.generation_id = assembly.completion().generation_id or error.generation_id
     call.close()
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
-        completion = assembly.completion()
-        if assembly.fields:
-            error.completion = call.scrubbed(completion)
-        error.generation_id = completion.generation_id or error.generation_id
         assembly.error = error
         raise error
 
@@ -1364,7 +1356,8 @@ class Stream:
             raise self._assembly.error
         if not self._assembly.complete():
             come = self.completion if self._assembly.fields else None
-            raise self._call.failure(StreamError("was hung up before its answer", completion=come))
+            error = StreamError("gave no whole answer: the stream was closed before its end")
+            raise self._call.failure(error, come)
         return self.completion
 
     def close(self) -> None:
