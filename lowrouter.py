@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import email.utils
+import encodings.utf_8_sig  # noqa: F401  the first answer would load it, when no file may open
 import functools
 import hashlib
 import http.client
@@ -326,7 +327,6 @@ def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusErr
     said = _said(body, response.reason)
     error = kind(f"answered {status} ({advice}): {_line(said['message'])}", **said)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
-    error.generation_id = headers.get(_ROUTED["generation_id"])
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
     error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
@@ -728,15 +728,20 @@ class _Call(urllib.request.Request):
             return {self.scrub(name): self.scrub(each, depth - 1) for name, each in value.items()}
         if isinstance(value, list):
             return [self.scrub(each, depth - 1) for each in value]
+        if isinstance(value, http.client.HTTPMessage):
+            clean = http.client.HTTPMessage()
+            for name, each in value.items():
+                clean[self.scrub(name)] = self.scrub(each)
+            return clean
         if not isinstance(value, str) or len(self.key) < _KEY_LENGTH:
             return value
-        return value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
+        text = value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
+        halves = (self.key[:size] for size in range(len(self.key) - 1, _KEY_LENGTH, -1))
+        return text[: -len(next(filter(text.endswith, halves), "")) or None]  # it may be cut
 
     def shown(self) -> str:
-        """What an error carries of a body; where that was cut, no first half of the key is left."""
-        text: str = self.scrub(self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace"))
-        halves = (self.key[:size] for size in range(len(self.key) - 1, _KEY_LENGTH, -1))
-        return text[: -len(next(filter(text.endswith, halves), "")) or None]
+        """What an error carries of a body."""
+        return str(self.scrub(self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace")))
 
     def translated(self, cause: Exception) -> LowRouterError:
         """Our error for a foreign one, by the phase in which it was raised."""
@@ -760,21 +765,24 @@ class _Call(urllib.request.Request):
         return kind(reason, retryable=again)
 
     def failure(self, cause: Exception, come: Completion | None = None) -> LowRouterError:
-        """Our error for whatever was raised: short, with what has come, and without the key.
-
-        Who holds it does not hold what the call held, its wire and the client, by its traceback.
-        """
+        """Our error for whatever was raised: short, with what has come, and without the key."""
         error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
         name, what = self.gateway.name, str(error)
-        what = what if what.startswith(name) else f"{name} {what}"
+        what = what if what.startswith((name, self.scrub(name))) else f"{name} {what}"
         told = {"body": self.shown() or None, **vars(error)}
-        come = come or told.pop("completion", None)
+        answer = come = come or told.pop("completion", None)
+        if come is None:
+            answer = Completion()
+            answer.headers = self.response.headers if self.clock.phase == "idle" else answer.headers
+        told["generation_id"] = error.generation_id or answer.generation_id
         vars(error).update(self.scrub(told))
         if come is not None:
             error.completion = Completion(self.scrub(come))  # errors end in logs
-            error.completion.headers = come.headers
+            error.completion.headers = self.scrub(come.headers)
         error.args = (self.scrub(what)[:_MESSAGE_LIMIT],)
-        error.__context__ = error.__traceback__ = None
+        error.__context__ = error.__traceback__ = (
+            None  # which hold our frames, and these the client
+        )
         return error
 
     def exchange(self, wire: _Wire) -> _Call:
@@ -786,11 +794,6 @@ class _Call(urllib.request.Request):
             wire.ask(self.get_method(), self.selector, self.head, self.data)
             self.sent = True
         self.response = wire.answer(self.get_method())
-        headers = self.response.headers
-        if headers.get_payload() or self.key in "\n".join(itertools.chain(*headers.items())):
-            self.response.headers = http.client.HTTPMessage()
-            for name, value in headers.items():
-                self.response.headers[self.scrub(name)] = self.scrub(value)
         self.clock.enter("idle")
         return self
 
@@ -1048,7 +1051,7 @@ _USUAL = frozenset(("index", "delta", "finish_reason"))  # what most choices hav
 def _update(kept: Json, said: Json) -> None:
     """Of what is said again the last word counts, but for an empty one."""
     for name, value in said.items():
-        if value not in (None, "") or name not in kept:
+        if value not in (None, "", {}) or name not in kept:
             kept[name] = value
 
 
@@ -1078,7 +1081,8 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
             kept[name] = _with_parts(before, value)
         elif name == "tool_calls" and isinstance(value, list) and depth > 0:
             calls = kept[name] = _as(list, before)
-            for call in value:  # by index, else by id, else the last one
+            for call in [each for each in value if isinstance(each, dict)]:
+                # by index, else by id, else the last one
                 key = next((k for k in ("index", "id") if call.get(k) not in (None, "")), None)
                 same = [each for each in calls if key is None or each.get(key) == call[key]]
                 calls += [] if same else [{}]
@@ -1171,8 +1175,11 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             value = _loads(data)
             chunk = Chunk(value if isinstance(value, dict) else {})
             chunk.headers = assembly.headers
-            if chunk.get("choices") or assembly.fields or not chunk.get("error"):
+            bad = event == "error" or chunk.get("error")
+            if chunk.get("choices") or not bad:
                 assembly.add(chunk)
+            elif assembly.fields:
+                assembly.add(Chunk({k: chunk[k] for k in ("usage", "lowrouter") if k in chunk}))
         except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
             value, chunk = data.strip(), Chunk()
         if event == "error" or chunk.get("error") or assembly.failed:
@@ -1281,8 +1288,12 @@ def _model_list(call: _Call) -> list[Json]:
 def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
     """The chunks of an answer, by the byte it begins with; of one that is no stream, all of it."""
     blocks, kind = iter(call.read, b""), call.response.headers.get_content_type()
-    first = next(blocks, b"")
-    start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    first = start = b""
+    for block in blocks:
+        first += block
+        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if start or len(first) > _BLOCK:
+            break
     streams = start in (b"d", b"e", b"i", b"r", b":")  # of data, event, id, retry or a comment
     if kind == "text/event-stream":
         streams = start not in (b"{", b"<")
@@ -1314,7 +1325,6 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
         error = call.failure(cause, assembly.completion() if assembly.fields else None)
-        error.generation_id = assembly.completion().generation_id or error.generation_id
     call.close()
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
@@ -1355,9 +1365,10 @@ class Stream:
         if self._assembly.error:
             raise self._assembly.error
         if not self._assembly.complete():
+            self.close()
             come = self.completion if self._assembly.fields else None
-            error = StreamError("gave no whole answer: the stream was closed before its end")
-            raise self._call.failure(error, come)
+            what = "gave no whole answer: the stream was closed before its end"
+            raise self._call.failure(StreamError(what), come)
         return self.completion
 
     def close(self) -> None:
@@ -1612,7 +1623,8 @@ _CELL = 12  # characters that a cell keeps on a narrow terminal: of most names e
 _TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
 _DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
-_HOPELESS = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
+_FATAL = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
+_KEPT = "what was written is kept: make room and run the same command again"
 _NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whole answer
 _PATIENCE = 5.0  # seconds that Ctrl-C leaves to what is under way: who waits longer presses again
 
@@ -1710,9 +1722,11 @@ def _chat_request(options: Json, words: list[str]) -> Json:
     """The body of --body, overridden by -p, and both by the options that have a name."""
     body: Any = {}
     if options.get("body"):
-        piped = options["body"] in ("-", "/dev/stdin")
-        with contextlib.nullcontext(sys.stdin) if piped else open(options["body"], "rb") as file:
-            body = _parsed(file.read())
+        if options["body"] in ("-", "/dev/stdin"):
+            body = _parsed(getattr(sys.stdin, "buffer", sys.stdin).read())
+        else:
+            with open(options["body"], "rb") as file:
+                body = _parsed(file.read())
     fields = [field.partition("=") for field in options["p"]]
     if not isinstance(body, dict) or not all(name and equals for name, equals, _ in fields):
         raise ConfigError("--body takes a file with a JSON object, -p takes KEY=JSON")
@@ -1791,7 +1805,7 @@ def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, J
         job = job if isinstance(job := _parsed(line), dict) else {}
         custom_id, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
         try:
-            client.curl(**{"messages": None, **body})  # which refuses what cannot be sent
+            client.curl(**{"messages": None, **body, "stream": False})  # refuses what is no body
             if lines.setdefault("" + custom_id, number) != number:
                 raise ConfigError(f"its custom_id is that of line {lines[custom_id]}")
             yield number, custom_id, body
@@ -1831,7 +1845,7 @@ def _rewrite(out: Any) -> str:
                 spent += [] if told is None else [[told.get(name) for name in _TOTALS]]
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(file.name, os.stat(out.name).st_mode & 0o777)
+    os.chmod(file.name, os.fstat(out.fileno()).st_mode & 0o777)
     out.close()  # or Windows could not replace it
     os.replace(file.name, out.name)
     totals = f"{len(last)} requests, {len(last) - len(spent)} failed"
@@ -1866,21 +1880,22 @@ class _Batch:
         """Send a request and return its line for OUT; None when the batch was stopped before."""
         pauses, done = iter(_PAUSES), self.done
         while not self.stop.wait(max(0.0, self.start - time.monotonic())):
+            if self.start > time.monotonic():
+                continue  # meanwhile another line was told to wait longer
             try:
                 return _record(custom_id, self.client.chat(**{**body, **_NO_STREAM}))
-            except LowRouterError as error:
-                failure: Any = error
-            if isinstance(failure, RateLimitError) and self.done > done:
+            except LowRouterError as caught:
+                error: Any = caught
+            if isinstance(error, RateLimitError) and self.done > done:
                 pauses, done = iter(_PAUSES), self.done  # others get through, so this one shall
             pause = next(pauses)
-            wait = getattr(failure, "retry_after", None) or pause
-            if isinstance(failure, RateLimitError):  # the others have to wait, too
+            wait = getattr(error, "retry_after", None) or pause
+            if isinstance(error, RateLimitError):  # the others have to wait, too
                 self.start = max(self.start, time.monotonic() + wait)
-            hopeless = isinstance(failure, _HOPELESS) and not getattr(failure, "pinned", False)
-            if hopeless and not failure.retryable:
+            if isinstance(error, _FATAL) and not (error.retryable or _exit_status(error) == 6):
                 self.stop.set()
-            if not pause or not failure.retryable or self.stop.wait(wait):
-                return _record(custom_id, failure)
+            if not pause or not error.retryable or self.stop.wait(wait):
+                return _record(custom_id, error)
         return None
 
     def write(self, tasks: set[Any]) -> None:
@@ -1919,8 +1934,7 @@ class _Batch:
             while under_way:
                 done = wait(under_way, return_when=FIRST_COMPLETED).done
                 self.write(done)
-                under_way -= done
-                under_way.update(itertools.islice(tasks, len(done)))
+                under_way = under_way - done | set(itertools.islice(tasks, len(done)))
         except KeyboardInterrupt:
             self.stop.set()
             self.write(wait(under_way, _PATIENCE).done)
@@ -1949,6 +1963,7 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
         batch = _Batch(client, out, len(todo), "q" in options)
         try:
             batch.run((job for job in _jobs(source, client) if job[1] in todo), int(workers))
+            client.close()  # its descriptors may be the last ones
             totals = _rewrite(out)
         except OSError as error:
             batch.stop.set()
@@ -1956,8 +1971,7 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
                 os.unlink(out.name + _DRAFT)
             with contextlib.suppress(OSError):
                 out.close()  # which fails again, and then had the last word
-            kept = "what was written is kept: make room and run the same command again"
-            raise OSError(f"{words[1]} cannot be written ({error.strerror}); {kept}") from None
+            raise OSError(f"{words[1]} cannot be written ({error.strerror}); {_KEPT}") from None
     hint = f", {len(todo) - batch.done} not sent; first: {batch.problem}; the same command goes on"
     _put(totals + hint * bool(batch.failed) + "\n", sys.stderr)
     return 9 if batch.failed else 0
@@ -2030,6 +2044,8 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, that of the program by default, and return the exit status."""
+    import signal  # not amid a Ctrl-C
+
     program, argv = argv in (None, sys.argv[1:]), sys.argv[1:] if argv is None else argv
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or io.StringIO())  # it was closed
@@ -2042,9 +2058,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0  # the reader has had enough
     except KeyboardInterrupt:
         if program:
-            from signal import SIG_IGN, SIGINT, signal
-
-            signal(SIGINT, SIG_IGN)  # once is enough
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         status, text = 130, "lowrouter: interrupted"
         text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
         text = "\n" * sys.stdout.isatty() + text
