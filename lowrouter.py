@@ -297,14 +297,15 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _said(body: Any, otherwise: str = "no reason was given") -> Json:
-    """What an error body says; its shape is not documented [assumption]."""
+def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) -> Any:
+    """An error with what its body says, whose shape is not documented [assumption]."""
     error = _as(dict, body).get("error") or body
     fields = {**_as(dict, body), **_as(dict, error)}
     message = error if isinstance(error, str) else fields.get("message") or fields.get("detail")
     message = re.sub(r"(?s)\A\s*<.*", "", str(message or ""))  # HTML says nothing in one line
-    message = message or otherwise
-    return {"message": message, "code": fields.get("code") or fields.get("type"), "body": body}
+    message = message or reason or "no reason was given"
+    details.update(message=message, code=fields.get("code") or fields.get("type"), body=body)
+    return kind(f"{what}: {_line(message)}", **details)
 
 
 def _retry_after(value: str) -> float | None:
@@ -324,8 +325,7 @@ def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusErr
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
     with contextlib.suppress(ValueError):
         body = _loads(body)
-    said = _said(body, response.reason)
-    error = kind(f"answered {status} ({advice}): {_line(said['message'])}", **said)
+    error: APIStatusError = _refusal(kind, f"answered {status} ({advice})", body, response.reason)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     error.retry_after = _retry_after(headers.get("Retry-After", ""))
     error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
@@ -882,8 +882,7 @@ class _Call(urllib.request.Request):
             raise BadResponseError(f"sent {what}") from None
         self.received.clear()
         if "generation_id" not in _as(dict, data) and _as(dict, data).get("error"):
-            said = _said(data)
-            raise BadResponseError(f"failed: {_line(said['message'])}", **said)
+            raise _refusal(BadResponseError, "failed", data)
         return data
 
 
@@ -1184,8 +1183,8 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             value, chunk = data.strip(), Chunk()
         if event == "error" or chunk.get("error") or assembly.failed:
             places = [chunk, *(_as(dict, choice) for choice in _as(list, chunk.get("choices")))]
-            said = _said(next((each for each in places if each.get("error")), chunk or data))
-            raise StreamError(f"failed in the stream: {_line(said['message'])}", **said)
+            failed = next((each for each in places if each.get("error")), chunk or data)
+            raise _refusal(StreamError, "failed in the stream", failed)
         if isinstance(value, dict):
             yield chunk
         elif value and event in ("", "message"):  # other events are not for us [assumption]
@@ -1269,9 +1268,8 @@ def _whole(call: _Call) -> Completion:
         raise BadResponseError("sent no chat completion", body=data)
     for choice in completion["choices"]:
         if _is_failed(_as(dict, choice)):
-            said = _said(choice)
-            what = f"failed in its answer: {_line(said['message'])}"
-            raise BadResponseError(what, completion=completion, **said)
+            what = "failed in its answer"
+            raise _refusal(BadResponseError, what, choice, completion=completion)
     _check_route(call, completion)
     return completion
 
