@@ -1145,12 +1145,10 @@ class _Assembly:
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
+        if self.done or self.whole:
+            return True
         reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
-        return (
-            self.done
-            or bool(self.whole)
-            or (bool(reasons) and all(reasons) and "error" not in reasons)
-        )
+        return bool(reasons) and all(reasons) and "error" not in reasons
 
     def completion(self) -> Completion:
         """The answer as far as it has come."""
