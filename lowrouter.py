@@ -935,12 +935,10 @@ class _Transport:
         By process, since a fork may copy locks that another thread holds, OpenSSL's and ours.
         """
         pid = os.getpid()
-        if pid not in self.contexts:
-            with self.locks.setdefault(pid, self.new_lock()):
-                if pid not in self.contexts:
-                    gateway = self.gateway
-                    self.contexts[pid] = _trusting(gateway.ca_file, gateway.ca_path)
-        return self.contexts[pid]
+        with self.locks.setdefault(pid, self.new_lock()):
+            if pid not in self.contexts:
+                self.contexts[pid] = _trusting(self.gateway.ca_file, self.gateway.ca_path)
+            return self.contexts[pid]
 
     def connect(self, call: _Call) -> _Wire:
         """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
