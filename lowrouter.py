@@ -1639,7 +1639,6 @@ def _put(text: str, stream: Any) -> None:
 
 
 def _number(options: Json, name: str, default: float) -> float:
-    """The value of an option as a number."""
     try:
         return float(options.get(name, default))
     except ValueError:
@@ -1698,7 +1697,6 @@ def _table(models: list[Json], word: str) -> Iterator[str]:
 
 
 def _exit_status(error: BaseException) -> int:
-    """What a script sees of an error."""
     status, part = getattr(error, "status", None), getattr(error, "completion", None)
     if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None):
         return 2  # also a file that cannot be opened
@@ -2013,7 +2011,6 @@ def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
 
 
 def _run(argv: list[str]) -> int:
-    """Run one command and return its exit status."""
     command, options, words = _arguments(argv)
     if not command:
         _put(words[0], sys.stdout)
