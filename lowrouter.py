@@ -1477,9 +1477,7 @@ class Client:
         if not isinstance(method, str) or not re.fullmatch("[A-Za-z]+", method):
             raise ConfigError(f"method must be a word such as GET, not {method!r}")
         if not isinstance(path, str) or "://" in path.partition("?")[0]:
-            raise ConfigError(
-                f"a path below the base URL is meant, such as /providers, not {path!r}"
-            )
+            raise ConfigError(f"path must be below the base URL, such as /providers, not {path!r}")
         path = "/" + _quoted(path.lstrip("/"), _IN_URLS + "?")
         return self._transport.send(self._call(method.upper(), path, body), _any_json)
 
