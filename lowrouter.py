@@ -1264,8 +1264,7 @@ def _whole(call: _Call) -> Completion:
         raise BadResponseError("sent no chat completion", body=data)
     for choice in completion["choices"]:
         if _is_failed(_as(dict, choice)):
-            what = "failed in its answer"
-            raise _refusal(BadResponseError, what, choice, completion=completion)
+            raise _refusal(BadResponseError, "failed in its answer", choice, completion=completion)
     _check_route(call, completion)
     return completion
 
