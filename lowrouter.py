@@ -954,9 +954,8 @@ class _Transport:
             if not 200 <= status < 300:
                 raise OSError(f"the proxy answered CONNECT with {status}")
         if context:
-            sock = wire.source.sock
-            sock.settimeout(clock.left())
-            sock = context.wrap_socket(sock, server_hostname=gateway.host)
+            wire.source.arm()
+            sock = context.wrap_socket(wire.source.sock, server_hostname=gateway.host)
             wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
         return wire
 
