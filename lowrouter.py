@@ -895,9 +895,7 @@ class _Transport:
     """
 
     def __init__(self, gateway: _Gateway, max_retries: int) -> None:
-        from threading import Lock  # not at the top: nobody else needs it at import
-
-        self.gateway, self.max_retries, self.new_lock = gateway, max_retries, Lock
+        self.gateway, self.max_retries = gateway, max_retries
         self.locks: dict[int, Any] = {}
         self.idle: list[_Wire] = []
         self.closed = False
@@ -934,8 +932,10 @@ class _Transport:
 
         By process, since a fork may copy locks that another thread holds, OpenSSL's and ours.
         """
+        from threading import Lock  # not at the top: nobody else needs it at import
+
         pid = os.getpid()
-        with self.locks.setdefault(pid, self.new_lock()):
+        with self.locks.setdefault(pid, Lock()):
             if pid not in self.contexts:
                 self.contexts[pid] = _trusting(self.gateway.ca_file, self.gateway.ca_path)
             return self.contexts[pid]
