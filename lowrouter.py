@@ -1263,7 +1263,8 @@ def _whole(call: _Call) -> Completion:
         raise BadResponseError("sent no chat completion", body=data)
     for choice in completion["choices"]:
         if _is_failed(_as(dict, choice)):
-            raise _refusal(BadResponseError, "failed in its answer", choice, completion=completion)
+            said = {"error": choice.get("error")}
+            raise _refusal(BadResponseError, "failed in its answer", said, completion=completion)
     _check_route(call, completion)
     return completion
 

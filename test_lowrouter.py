@@ -1366,6 +1366,28 @@ class TestErrors(Played):
         error = self.failure(lowrouter.APIStatusError, self.client().chat, "Hi")
         self.assertIn("password into the URL of the proxy", str(error))
 
+    def test_an_error_after_the_head_of_an_answer_has_its_generation_id(self) -> None:
+        client = self.client(max_retries=0)
+        head = {"X_LowRouter_Generation_ID": "gen_7"}
+        failed = {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]}
+        for answer in (
+            http("<html>", **head),
+            http({"error": "no"}, **head),
+            http({"error": "no"}, "500 Oh", **head),
+            http(failed, **head),
+            http(failed, **head, Connection="close")[:-5],
+        ):
+            for name in ("chat", "stream"):
+                with self.subTest(answer, call=name):
+                    self.stub.play(answer, *[CUT] * (b"close" in answer))
+                    call = lambda: getattr(client, name)("Hi").result()  # noqa: B023, E731
+                    error = self.failure(lowrouter.LowRouterError, call)
+                    self.assertEqual(error.generation_id, "gen_7")
+        self.stub.play(stream_head(**head), STALL)
+        stream = client.stream("Hi")
+        stream.close()
+        self.assertEqual(self.failure(lowrouter.StreamError, stream.result).generation_id, "gen_7")
+
 
 # ---- request ------------------------------------------------------------------------------------
 
@@ -2475,6 +2497,7 @@ class TestStreams(Played):
             {**delta("a", "stop"), **said, "lowrouter": block},
             {**delta(), **dict.fromkeys(said, ""), "lowrouter": dict.fromkeys(block, None)},
             {"choices": [], **dict.fromkeys(said), "new": None},
+            {"choices": [], "usage": {}, "lowrouter": {"eco": {}}},
         )
         self.stub.play(stream_head(X_LowRouter_Provider="openai ") + chunked(sse(*events)))
         answer = self.client().stream("Hi").result()
@@ -2569,6 +2592,56 @@ class TestStreams(Played):
         self.stub.play(STREAM_HEAD + chunked(events))
         (call,) = self.client().stream("Hi").result().tool_calls
         self.assertEqual(call["custom"], {"name": "run", "input": "print(1)"})
+
+    def test_how_the_first_bytes_come_does_not_matter(self) -> None:
+        client, events = self.client(max_retries=0), sse(delta("a", "stop"))
+        for kind in ("text/event-stream", "application/json", "text/plain"):
+            head = STREAM_HEAD.replace(b"text/event-stream", kind.encode())
+            for first in (b"\n", b"\xef\xbb", b"\xef\xbb\xbf\r\n"):
+                with self.subTest(kind, first=first):
+                    rest = b"\xbf" + events if first == b"\xef\xbb" else events
+                    self.stub.play(head + chunked(first, rest))
+                    self.assertEqual(client.stream("Hi").result().text, "a")
+                    self.stub.play(head + chunked(b" \n", b'{"error": "oops"}'))
+                    call = lambda: client.stream("Hi").result()  # noqa: E731
+                    self.assertIn("oops", str(self.failure(lowrouter.BadResponseError, call)))
+
+    def test_an_error_event_is_no_part_of_the_answer(self) -> None:
+        busy = b'event: error\ndata: {"type": "overloaded_error", "message": "busy"}\n\n'
+        client = self.client(max_retries=0)
+        for before, come in ((b"", None), (sse(delta("a"), done=False), "a")):
+            with self.subTest(come):
+                self.stub.play(STREAM_HEAD + chunked(before + busy))
+                error = self.failure(lowrouter.StreamError, client.stream("Hi").result)
+                self.assertEqual((error.message, error.code), ("busy", "overloaded_error"))
+                self.assertEqual(error.completion and error.completion.text, come)
+                self.assertNotIn("message", error.completion or {})
+
+    def test_a_tool_call_that_is_none_is_passed_over(self) -> None:
+        call = {"index": 0, "id": "c1", "function": function("f", "{}")}
+        events = sse(delta("a", tool_calls=[None]), delta(tool_calls=[call, 5]), delta("", "stop"))
+        self.stub.play(STREAM_HEAD + chunked(events))
+        answer = self.client().stream("Hi").result()
+        self.assertEqual((answer.text, answer.tool_calls), ("a", [call]))
+
+    def test_a_stream_whose_reading_was_interrupted_is_hung_up_by_result(self) -> None:
+        gone = threading.Event()
+
+        def wait_for_the_end(sock: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                sock.recv(1)
+            gone.set()
+
+        self.stub.play(
+            STREAM_HEAD + chunked(sse(delta("a"), done=False), end=False), wait_for_the_end
+        )
+        stream = self.client().stream("Hi")
+        chunks = iter(stream)
+        next(chunks)
+        with self.assertRaises(KeyboardInterrupt):
+            chunks.throw(KeyboardInterrupt())
+        self.assertEqual(self.failure(lowrouter.StreamError, stream.result).completion.text, "a")
+        self.assertTrue(gone.wait(10))
 
 
 # ---- routes -------------------------------------------------------------------------------------
@@ -4581,6 +4654,36 @@ class TestKey(Timed):
                 self.client(max_retries=0).chat("Hello")
             self.assert_key_is_hidden(all_that_shows(caught.exception))
 
+    def test_what_a_stream_says_of_its_route_is_shown_without_the_key(self):
+        for block in ({"generation_id": KEY}, {"generation_id": "g", "region": KEY}):
+            events = sse(delta("a", lowrouter=block), done=False)
+            self.stub.play(STREAM_HEAD + chunked(events, end=False), CUT)
+            with self.assertRaises(lowrouter.StreamError) as caught:
+                self.client(max_retries=0).stream("Hello").result()
+            self.assert_key_is_hidden(all_that_shows(caught.exception))
+
+    def test_half_a_key_at_the_end_of_a_cut_event_is_hidden_too(self):
+        for body in (
+            'data: {"error": "' + KEY[:30],
+            "data: " + json.dumps(delta(KEY[:30])) + "\n\n",
+        ):
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+            self.stub.play(head + body.encode(), CUT)
+            with self.assertRaises(lowrouter.StreamError) as caught:
+                self.client(max_retries=0).stream("Hello").result()
+            self.assert_key_is_hidden(all_that_shows(caught.exception))
+
+    def test_a_key_that_is_a_word_of_an_answer_does_not_change_the_answer(self):
+        for key in ("test", "west", "chunked", "event-stream", "application"):
+            with self.subTest(key=key):
+                client = self.client(api_key=key, route={"region": "eu-west"})
+                routed = {"X_LowRouter_Region": "eu-west", "X_LowRouter_Generation_ID": "gen_test"}
+                self.stub.play(stream_head(**routed) + chunked(sse(delta("a", "stop"))))
+                answer = client.stream("Hello").result()
+                self.assertEqual((answer.text, answer.generation_id), ("a", "gen_test"))
+                self.stub.play(http({**whole_answer()}, **routed))
+                self.assertEqual(client.chat("Hello").region, "eu-west")
+
 
 SETTINGS = """
 [ca]
@@ -6401,6 +6504,8 @@ class TestCommandLine(_Commands):
         status = self.run_main("chat", "--body", "-", stdin=json.dumps(body).encode())
         self.assertEqual((status, self.out), (0, "Hello!"))
         self.assertEqual(self.sent()[0]["messages"], body["messages"])
+        marked = b"\xef\xbb\xbf" + json.dumps(body).encode()  # as PowerShell writes it
+        self.assertEqual(self.run_main("chat", "--body", "-", stdin=marked), 0)
 
     def test_h_is_help(self) -> None:
         self.assertEqual(self.run_main("chat", "-h"), 0)
@@ -6821,6 +6926,32 @@ class TestBatch(_Commands):
         self.stub.play(http({"error": "no"}, "400 Bad"))
         self.assertEqual(self.batch(self.lines(self.job("bad"), self.job("a"))), 9)
         self.assertEqual(self.batch(self.lines(self.job("a"), self.job("b"))), 0)
+        self.assertEqual(len(self.results()), 3)
+
+    def test_a_longer_wait_that_is_told_later_holds_for_all_workers(self) -> None:
+        arrivals, second = [], threading.Event()
+
+        def arrived(sock: object) -> None:
+            arrivals.append(time.monotonic())
+
+        self.stub.play(
+            arrived, Wait(second), http({"error": "slow"}, "429 Slow", retry_after="0.5")
+        )
+        self.stub.play(
+            arrived,
+            lambda _: second.set(),
+            Drip(b"", 0.3, 1),
+            http({"error": "slow"}, "429 Slow", retry_after="1.5"),
+        )
+        for _ in range(4):
+            self.stub.play(arrived, http(self.answer()))
+        self.assertEqual(self.batch(self.numbered(4), "--workers", "2"), 0)
+        self.assertGreater(arrivals[2] - arrivals[1], 1.5)
+
+    def test_an_out_that_was_removed_meanwhile_is_there_at_the_end(self) -> None:
+        out = self.path("out.jsonl")
+        self.stub.play(lambda _: os.remove(out), http(self.answer()))
+        self.assertEqual(self.batch(self.numbered(3), "--workers", "1"), 0)
         self.assertEqual(len(self.results()), 3)
 
 
