@@ -2540,6 +2540,12 @@ class TestStreams(Played):
                     self.assertEqual(str(error).count(f":{self.stub.port} "), 1)
                     self.assertEqual(error.completion.text, "a")
 
+    def test_an_answer_that_failed_without_a_reason_says_so(self) -> None:
+        failed = {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]}
+        self.stub.play(http(failed))
+        error = self.failure(lowrouter.BadResponseError, self.client().chat, "Hi")
+        self.assertTrue(str(error).endswith("failed in its answer: no reason was given"), error)
+
     def test_every_error_of_a_stream_names_the_gateway_and_says_what_happened(self) -> None:
         client, name = self.client(max_retries=0), f"{self.stub.host}:{self.stub.port} "
         for events, text in (
@@ -4481,7 +4487,7 @@ class TestKey(Timed):
         cut = STREAM_HEAD + chunked(sse(*halves, done=False), end=False)
         failed = {"choices": [{"message": {"content": KEY}, "finish_reason": "error"}]}
         for name, answer, text in (
-            ("answer from elsewhere", http(echoed), "Hello"),
+            ("answer from elsewhere", http(echoed, x_echo=KEY), "Hello"),
             ("cut", cut, "[key]!"),
             ("failed", http(failed), "[key]"),
         ):
@@ -4493,6 +4499,7 @@ class TestKey(Timed):
                         getattr(client, call)("Hello").result()
                     self.assertEqual(caught.exception.completion.text, text)
                     self.assert_key_is_hidden(all_that_shows(caught.exception))
+                    self.assert_key_is_hidden(str(caught.exception.completion.headers))
 
     def test_a_key_that_is_a_part_of_many_words_does_no_harm(self):
         for key in ("x", "k", "ed", "key"):  # of text/event-stream, of chunked, of [key]
@@ -4672,6 +4679,12 @@ class TestKey(Timed):
             with self.assertRaises(lowrouter.StreamError) as caught:
                 self.client(max_retries=0).stream("Hello").result()
             self.assert_key_is_hidden(all_that_shows(caught.exception))
+
+    def test_a_key_that_is_a_part_of_the_host_leaves_one_host_in_a_message(self):
+        self.stub.play(http("no JSON"))
+        with self.assertRaises(lowrouter.BadResponseError) as caught:
+            self.client(api_key="127.").stream("Hello")
+        self.assertEqual(str(caught.exception).count(f":{self.stub.port}"), 1)
 
     def test_a_key_that_is_a_word_of_an_answer_does_not_change_the_answer(self):
         for key in ("test", "west", "chunked", "event-stream", "application"):
@@ -6535,7 +6548,8 @@ class TestBatch(_Commands):
 
     def test_each_line_has_its_result_in_openais_shape(self) -> None:
         bare = {"messages": [{"role": "user", "content": "Say hello"}], "stream": True}
-        answer = self.lines(self.job("a", "Count to 3", model="openai/gpt-4o"), "", bare)
+        job = self.job("a", "Count to 3", model="openai/gpt-4o", stream=None)
+        answer = self.lines(job, "", bare)
         self.assertEqual(self.batch(answer, "-q"), 0)
         first, second = sorted(self.results(), key=lambda each: each["custom_id"])
         self.assertEqual((first["custom_id"], second["custom_id"]), ("a", "line-3"))
@@ -6929,24 +6943,22 @@ class TestBatch(_Commands):
         self.assertEqual(len(self.results()), 3)
 
     def test_a_longer_wait_that_is_told_later_holds_for_all_workers(self) -> None:
-        arrivals, second = [], threading.Event()
+        arrivals, three, limited, free = [], *(threading.Event() for _ in range(3))
 
         def arrived(sock: object) -> None:
             arrivals.append(time.monotonic())
 
-        self.stub.play(
-            arrived, Wait(second), http({"error": "slow"}, "429 Slow", retry_after="0.5")
-        )
-        self.stub.play(
-            arrived,
-            lambda _: second.set(),
-            Drip(b"", 0.3, 1),
-            http({"error": "slow"}, "429 Slow", retry_after="1.5"),
-        )
-        for _ in range(4):
+        def slow(seconds: str) -> bytes:
+            return http({"error": "slow"}, "429 Slow", retry_after=seconds)
+
+        then = lambda event: lambda sock: event.set()  # noqa: E731
+        self.stub.play(arrived, Wait(three), slow("0.6"), then(limited))
+        self.stub.play(arrived, Wait(limited), http(self.answer()), then(free))
+        self.stub.play(arrived, then(three), Wait(free), Drip(b"", 0.2, 1), slow("2"))
+        for _ in range(6):
             self.stub.play(arrived, http(self.answer()))
-        self.assertEqual(self.batch(self.numbered(4), "--workers", "2"), 0)
-        self.assertGreater(arrivals[2] - arrivals[1], 1.5)
+        self.assertEqual(self.batch(self.numbered(6), "--workers", "3"), 0)
+        self.assertGreater(arrivals[3] - arrivals[2], 2)
 
     def test_an_out_that_was_removed_meanwhile_is_there_at_the_end(self) -> None:
         out = self.path("out.jsonl")
