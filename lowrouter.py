@@ -1121,7 +1121,10 @@ class _Assembly:
         self.done = self.failed = False
 
     def add(self, chunk: Chunk) -> None:
-        _update(self.fields, chunk)
+        if all(chunk.values()):
+            self.fields.update(chunk)  # as `_update` does, but at once
+        else:
+            _update(self.fields, chunk)
         if "lowrouter" in chunk:
             _update(self.routed, _as(dict, chunk["lowrouter"]))
         choices: Any = chunk.get("choices")
@@ -1134,7 +1137,7 @@ class _Assembly:
             if kept is None:
                 kept = self.choices[index] = {"index": index, "message": {"role": "assistant"}}
             _merge(kept["message"], choice.get("delta") or choice.get("message") or {})
-            if choice.get("finish_reason") or not choice.keys() <= _USUAL:
+            if choice.get("finish_reason") or not _USUAL.issuperset(choice):
                 known = ("index", "delta", "message")
                 others = {k: v for k, v in choice.items() if v is not None and k not in known}
                 _merge(kept, others)
@@ -1165,18 +1168,19 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
         if data.strip() == "[DONE]":
             assembly.done = True
             return
+        bad: Any = event == "error"
         try:
             value = _loads(data)
             chunk = Chunk(value if isinstance(value, dict) else {})
             chunk.headers = assembly.headers
-            bad = event == "error" or chunk.get("error")
-            if chunk.get("choices") or not bad:
+            bad = bad or chunk.get("error")
+            if not bad or chunk.get("choices"):
                 assembly.add(chunk)
             elif assembly.fields:
                 assembly.add(Chunk({k: chunk[k] for k in ("usage", "lowrouter") if k in chunk}))
         except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
             value, chunk = data.strip(), Chunk()
-        if event == "error" or chunk.get("error") or assembly.failed:
+        if bad or assembly.failed:
             places = [chunk, *(_as(dict, choice) for choice in _as(list, chunk.get("choices")))]
             failed = next((each for each in places if each.get("error")), chunk or data)
             raise _refusal(StreamError, "failed in the stream", failed)
