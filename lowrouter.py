@@ -770,19 +770,17 @@ class _Call(urllib.request.Request):
         name, what = self.gateway.name, str(error)
         what = what if what.startswith((name, self.scrub(name))) else f"{name} {what}"
         told = {"body": self.shown() or None, **vars(error)}
-        answer = come = come or told.pop("completion", None)
-        if come is None:
-            answer = Completion()
-            answer.headers = self.response.headers if self.clock.phase == "idle" else answer.headers
+        come = come or told.pop("completion", None)
+        answer = Completion() if come is None else come
+        if come is None and self.clock.phase == "idle":  # else no answer has begun
+            answer.headers = self.response.headers
         told["generation_id"] = error.generation_id or answer.generation_id
         vars(error).update(self.scrub(told))
         if come is not None:
             error.completion = Completion(self.scrub(come))  # errors end in logs
             error.completion.headers = self.scrub(come.headers)
         error.args = (self.scrub(what)[:_MESSAGE_LIMIT],)
-        error.__context__ = error.__traceback__ = (
-            None  # which hold our frames, and these the client
-        )
+        error.__context__ = error.__traceback__ = None  # they hold our frames, these the client
         return error
 
     def exchange(self, wire: _Wire) -> _Call:
@@ -1618,6 +1616,7 @@ _CELL = 12  # characters that a cell keeps on a narrow terminal: of most names e
 _TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
 _DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
+# refusals that all other lines would get, too, unless it is said that they pass
 _FATAL = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
 _KEPT = "what was written is kept: make room and run the same command again"
 _NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whole answer
@@ -1885,6 +1884,7 @@ class _Batch:
             wait = getattr(error, "retry_after", None) or pause
             if isinstance(error, RateLimitError):  # the others have to wait, too
                 self.start = max(self.start, time.monotonic() + wait)
+            # 6: a pinned route is a matter of this line alone
             if isinstance(error, _FATAL) and not (error.retryable or _exit_status(error) == 6):
                 self.stop.set()
             if not pause or not error.retryable or self.stop.wait(wait):

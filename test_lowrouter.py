@@ -1379,7 +1379,7 @@ class TestErrors(Played):
         ):
             for name in ("chat", "stream"):
                 with self.subTest(answer, call=name):
-                    self.stub.play(answer, *[CUT] * (b"close" in answer))
+                    self.stub.play(*([answer, CUT] if b"close" in answer else [answer]))
                     call = lambda: getattr(client, name)("Hi").result()  # noqa: B023, E731
                     error = self.failure(lowrouter.LowRouterError, call)
                     self.assertEqual(error.generation_id, "gen_7")
@@ -4694,7 +4694,7 @@ class TestKey(Timed):
                 self.stub.play(stream_head(**routed) + chunked(sse(delta("a", "stop"))))
                 answer = client.stream("Hello").result()
                 self.assertEqual((answer.text, answer.generation_id), ("a", "gen_test"))
-                self.stub.play(http({**whole_answer()}, **routed))
+                self.stub.play(http(whole_answer(), **routed))
                 self.assertEqual(client.chat("Hello").region, "eu-west")
 
 
