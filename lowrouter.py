@@ -2,7 +2,6 @@
 """A client for the LowRouter gateway in one file: a whole answer or an error, no leaked key.
 
     print(lowrouter.chat("In one sentence, what is a vector database?").text)
-
     with lowrouter.stream("Count to 5 slowly") as stream:
         for chunk in stream:
             print(chunk.text, end="", flush=True)
@@ -44,7 +43,6 @@ import warnings
 
 TYPE_CHECKING = False  # true for type checkers, so that `typing` itself is never imported
 if TYPE_CHECKING:
-    from email.message import Message
     from typing import Any, Callable, Generator, Iterable, Iterator, TypeVar
 
     Json = dict[str, Any]  # an object
@@ -53,9 +51,9 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = [
     "APIConnectionError", "APIStatusError", "APITimeoutError", "AuthenticationError",
-    "BadResponseError", "Chunk", "Client", "Completion", "ConfigError",
-    "InsufficientCreditsError", "LowRouterError", "NoProviderError", "NotFoundError",
-    "PermissionDeniedError", "RateLimitError", "RouteMismatchError", "Stream", "StreamError",
+    "BadResponseError", "Chunk", "Client", "Completion", "ConfigError", "InsufficientCreditsError",
+    "LowRouterError", "NoProviderError", "NotFoundError", "PermissionDeniedError",
+    "RateLimitError", "RouteMismatchError", "Stream", "StreamError",
     "chat", "curl", "generation", "main", "models", "request", "stream",
 ]  # fmt: skip
 
@@ -83,11 +81,7 @@ _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
 # ---- answers: plain data -------------------------------------------------------------------------
 
-_ROUTED = {  # what names the route of an answer, in its `lowrouter` block or in a header [docs]
-    "generation_id": "X-LowRouter-Generation-ID",
-    "provider": "X-LowRouter-Provider",
-    "region": "X-LowRouter-Region",
-}
+_ROUTED = ("generation_id", "provider", "region")  # what the `lowrouter` block tells [docs]
 
 
 def _as(kind: type[T], value: Any) -> T:
@@ -106,10 +100,10 @@ def _text(content: Any) -> str:
     return "".join(_as(str, _as(dict, part).get("text")) for part in _as(list, content))
 
 
-class _Answer(dict):  # type: ignore[type-arg]
-    """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
+class Completion(dict):  # type: ignore[type-arg]
+    """An answer: exactly the JSON that arrived; its properties look at choice 0 and never raise."""
 
-    headers: Message = http.client.HTTPMessage()  # of the response; look-ups ignore case [docs]
+    headers = http.client.HTTPMessage()  # of the response; look-ups ignore case [docs]
 
     def _choice(self) -> Json:
         for choice in _as(list, self.get("choices")):
@@ -118,14 +112,15 @@ class _Answer(dict):  # type: ignore[type-arg]
         return {}
 
     def _routed(self, name: str) -> Any:
+        header = "X-LowRouter-" + name.replace("_", "-")  # says the same as the block [docs]
         value = _as(dict, self.get("lowrouter")).get(name)
-        return self.headers.get(_ROUTED[name], "").strip() or None if value in (None, "") else value
+        return value or self.headers.get(header, "").strip() or None
 
     @property
     def message(self) -> Json:
         """The message, or the delta, of choice 0; {} when there is none."""
         choice = self._choice()
-        return _as(dict, choice["delta"] if "delta" in choice else choice.get("message"))
+        return _as(dict, choice.get("delta") or choice.get("message"))
 
     @property
     def text(self) -> str:
@@ -178,27 +173,28 @@ class _Answer(dict):  # type: ignore[type-arg]
         return _as(dict, _as(dict, self.get("lowrouter")).get("eco")) or None
 
 
-class Completion(_Answer):
-    """A whole answer: OpenAI's `chat.completion` object with the `lowrouter` block [docs]."""
-
-
-class Chunk(_Answer):
-    """One piece of a streamed answer: OpenAI's `chat.completion.chunk` object."""
+class Chunk(Completion):
+    """One piece of a streamed answer, looked at in the same way; its `message` is the delta."""
 
 
 # ---- errors: whose fault it is, what to do, and what can be saved; all of them pickle ------------
 
 
 class LowRouterError(Exception):
-    """Base of all errors; `completion` is what had come, None before the first chunk."""
+    """Base of all errors; what one of them cannot tell is None."""
 
-    completion: Completion | None = None
-    status: int | None = None  # of HTTP
+    completion: Completion | None = None  # what had come, None before the first chunk
+    generation_id: str | None = None
+    phase: str | None = None  # of a time-out: "connect", "response", "idle" or "deadline"
+    status: int | None = None  # of HTTP, as are the headers
+    headers: http.client.HTTPMessage | None = None
     message: str | None = None  # this, `code` and `body` are what the gateway said
     code: str | int | None = None
     body: Any = None
-    generation_id: str | None = None
-    retryable: bool = False
+    request_id: str | None = None
+    retry_after: float | None = None  # seconds
+    retryable: bool = False  # to ask again may help, and cannot be billed twice
+    pinned: bool = False  # a 503 that is final, since the route was pinned [seed]
 
     def __init__(self, message: str = "", /, **details: Any) -> None:
         super().__init__(message)  # the message alone, since pickle rebuilds the error from `args`
@@ -214,17 +210,11 @@ class APIConnectionError(LowRouterError, ConnectionError):
 
 
 class APITimeoutError(APIConnectionError, TimeoutError):
-    """The road took too long; `phase` is "connect", "response", "idle" or "deadline"."""
-
-    phase: str = "deadline"
+    """The road took too long, in the `phase` "connect", "response", "idle" or "deadline"."""
 
 
 class APIStatusError(LowRouterError):
-    """The gateway said no, by `status`; `headers`, `request_id`; `retry_after` is in seconds."""
-
-    headers: Message | None = None
-    request_id: str | None = None
-    retry_after: float | None = None
+    """The gateway said no, by its `status`, `code` and `message`."""
 
 
 class AuthenticationError(APIStatusError):
@@ -250,8 +240,6 @@ class RateLimitError(APIStatusError):
 class NoProviderError(APIStatusError):
     """503: no provider is available; when the route was `pinned` that is final [seed]."""
 
-    pinned: bool = False
-
 
 class BadResponseError(LowRouterError):
     """Not what was promised: HTML from a proxy, cut JSON, an error object in a 200, a redirect."""
@@ -274,25 +262,17 @@ _STATUS_ERRORS = {  # the class, and what to do
     429: (RateLimitError, "send more slowly"),
     503: (NoProviderError, "try later, or ask for another region or provider"),
 }
-
-
-def _line(text: Any) -> str:
-    """Foreign text, as a part of a one-line message."""
-    line = " ".join(str(text)[:_ERROR_LIMIT].split())
-    return "".join(c if c.isprintable() else "?" for c in line)
-
-
 _scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for an event
 
 
 def _loads(text: str) -> Any:
     """Parse JSON; whatever is wrong with it is a ValueError."""
-    text = text.lstrip(" \t\r\n")
+    text = text.lstrip()
     try:
         value, end = _scan(text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(type(error).__name__) from None
-    if text[end:].strip(" \t\r\n"):
+    if text[end:].strip():
         raise ValueError("more than one JSON value")
     return value
 
@@ -300,22 +280,12 @@ def _loads(text: str) -> Any:
 def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) -> Any:
     """An error with what its body says, whose shape is not documented [assumption]."""
     error = _as(dict, body).get("error") or body
-    fields = {**_as(dict, body), **_as(dict, error)}
-    message = error if isinstance(error, str) else fields.get("message") or fields.get("detail")
-    message = re.sub(r"(?s)\A\s*<.*", "", str(message or ""))  # HTML says nothing in one line
-    message = message or reason or "no reason was given"
-    details.update(message=message, code=fields.get("code") or fields.get("type"), body=body)
-    return kind(f"{what}: {_line(message)}", **details)
-
-
-def _retry_after(value: str) -> float | None:
-    """Seconds from a Retry-After header, a number or a date; None for anything else."""
-    try:
-        if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", value):
-            return min(float(value), _FOREVER)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError, IndexError):  # IndexError: before 3.10
-        return None
+    said = error if isinstance(error, dict) else {"message": error}
+    message = str(said.get("message") or said.get("detail") or "")
+    if not message or message.lstrip().startswith("<"):
+        message = reason or "no reason was given"  # HTML says nothing in one line
+    details.update(message=message, code=said.get("code") or said.get("type"), body=body)
+    return kind(f"{what}: {message}", **details)
 
 
 def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
@@ -327,7 +297,13 @@ def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusErr
         body = _loads(body)
     error: APIStatusError = _refusal(kind, f"answered {status} ({advice})", body, response.reason)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
-    error.retry_after = _retry_after(headers.get("Retry-After", ""))
+    wait = headers.get("Retry-After", "")
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # it says neither
+        if re.fullmatch(r"[0-9. ]+", wait):
+            error.retry_after = min(float(wait), _FOREVER)
+        else:
+            date = email.utils.parsedate_to_datetime(wait).timestamp()
+            error.retry_after = max(0.0, date - time.time())
     error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
 
@@ -337,7 +313,6 @@ def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusErr
 _ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
 _OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
 transfer-encoding accept-encoding expect upgrade""".split()
-_IN_URLS = "/%:@!$&'()*+,;=~"  # what stands in a path as it is
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -345,7 +320,7 @@ def _json_bytes(body: Any) -> bytes:
     try:
         return _encode(body).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the request cannot be written as JSON: {_line(error)}") from None
+        raise ConfigError(f"the request cannot be written as JSON: {error}") from None
 
 
 def _check_names(options: Json) -> None:
@@ -353,28 +328,17 @@ def _check_names(options: Json) -> None:
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
 
 
-def _quoted(text: str, safe: str) -> str:
-    """A text for a URL; half of a surrogate pair has no place there."""
-    try:
-        return urllib.parse.quote(text, safe=safe)
-    except UnicodeEncodeError:
-        raise ConfigError(f"{text!r} cannot be written in a URL") from None
-
-
 def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Json) -> Json:
     """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not _are_dicts(messages):
-        wrong = next((each for each in _as(list, messages) if not isinstance(each, dict)), messages)
-        raise ConfigError(f"messages must be a str or a list of dicts, not {type(wrong).__name__}")
     _check_names(options)
     if options.get("stream") not in (None, streams):
         raise TypeError("stream= is not yours to give: chat() never streams, stream() always does")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     given = {name: value for name, value in options.items() if value is not None}
     body = {"model": model, "messages": messages, "route": route, **given}
-    if not isinstance(body["route"] or {}, dict):
-        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
+    if not _are_dicts(messages) or not isinstance(body["route"] or {}, dict):
+        raise ConfigError("messages must be a str or a list of dicts, route must be a dict")
     if streams:
         usage = options.get("stream_options", {"include_usage": True})  # None: not asked for
         body.update(stream=True, stream_options=usage)
@@ -383,22 +347,20 @@ def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Js
 
 def _pins(body: Json, headers: dict[str, str]) -> Json:
     """The region and provider that the answer must come from; the body wins [assumption]."""
-    given = {name.lower(): value for name, value in headers.items()}
-    pins = {name: given.get(header.lower(), "") for name, header in _ROUTED.items()}
-    pins.update(_as(dict, body.get("route")))
-    return {name: pins[name] for name in ("region", "provider") if pins[name]}
+    asked = {"region": headers.get("X-Lowrouter-Region"), **_as(dict, body.get("route"))}
+    return {name: asked[name] for name in ("region", "provider") if asked.get(name)}
 
 
 def _checked_headers(headers: Any) -> dict[str, str]:
-    """The caller's own headers, checked, since http.client would quote a bad one in its error."""
+    """The caller's own headers, each name in one spelling; a line end would begin another one."""
     if not isinstance(headers, dict):
         raise ConfigError(f"headers must be a dict, not {type(headers).__name__}")
     for name, value in headers.items():
         known = isinstance(name, str) and re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.A)
-        plain = isinstance(value, str) and re.fullmatch(r"[\t\x20-\x7e]*", value)
+        plain = isinstance(value, str) and re.fullmatch(r"[\t -~]*", value)
         if not known or not plain or name.lower() in _OUR_HEADERS:
             raise ConfigError(f"header {name!r} is set by the client itself, or no printable ASCII")
-    return {"User-Agent" if n.lower() == "user-agent" else n: v for n, v in headers.items()}
+    return {name.title(): value for name, value in headers.items()}
 
 
 def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
@@ -414,102 +376,85 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
 # ---- settings: the key, the base URL and the proxy; arguments first, then the environment -------
 
 
-def _checked_key(source: str, key: Any) -> str:
-    key = key.strip() if isinstance(key, str) else "\0"  # CI secrets end in a newline
-    if not re.fullmatch(r"[!-~]*", key):
-        raise ConfigError(f"the API key from {source} must be a str of printable ASCII")
-    return str(key)
-
-
 class _Key:
     """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        get, name = os.environ.get, "LOWROUTER_API_KEY"
-        self.value = _checked_key("api_key", api_key or "") or _checked_key(name, get(name, ""))
+        get = os.environ.get
+        self.value = api_key or get("LOWROUTER_API_KEY", "")
         self.file = "" if self.value else get("LOWROUTER_API_KEY_FILE", "")
-        if not self.current():
-            raise ConfigError("no API key: set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE")
+        self.source = "api_key" if api_key else "LOWROUTER_API_KEY or LOWROUTER_API_KEY_FILE"
+        self.current()
 
     def current(self) -> str:
-        # a name without a folder may be the key itself, put into the wrong variable
-        source = f"LOWROUTER_API_KEY_FILE ({self.file if os.sep in self.file else 'no path'})"
-        problem = ""
-        try:
+        key = self.value
+        with contextlib.suppress(OSError):  # it is just being replaced: ours still serves
             if self.file:
                 with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                    self.value = _checked_key(source, file.read(_ERROR_LIMIT)) or self.value
-        except OSError as error:
-            problem = str(error.strerror)
-        if problem and not self.value:  # else it is just being replaced, and ours still serves
-            raise ConfigError(f"{source} cannot be read: {problem}")
+                    key = file.read(_ERROR_LIMIT).strip() or key
+        if not isinstance(key, str) or not re.fullmatch(r"[!-~]+", key.strip()):
+            what = f"no API key of printable ASCII in {self.source}"
+            raise ConfigError(f"{what}: set LOWROUTER_API_KEY, or give Client(api_key=...)")
+        self.value = key.strip()  # CI secrets end in a newline
         return self.value
 
 
-def _is_named(host: str, pattern: str) -> bool:
-    """Whether the pattern means the host: `*`, a name or suffix, an address or a CIDR block."""
+def _url_parts(name: str, like: str, pattern: str, url: Any) -> urllib.parse.SplitResult:
+    """The parts of a URL; the error does not show it, since it may be or hold a secret."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # no text, or a bad port
+        parts: urllib.parse.SplitResult = urllib.parse.urlsplit(url.strip())
+        if re.fullmatch(pattern, url.strip(), re.A | re.I) and parts.hostname and parts.port != 0:
+            return parts
+    raise ConfigError(f"{name} must look like {like}")
+
+
+def _is_exempt(host: str, port: int, entry: str) -> bool:
+    """Whether an entry of NO_PROXY means the host: `*`, a name, a suffix, an address, a block."""
     import ipaddress
 
+    entry = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port names nothing
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host) in ipaddress.ip_network(pattern, strict=False)
-    return pattern == "*" or ("." + host).endswith("." + (pattern.lstrip("*.") or "?"))
+        block = ipaddress.ip_network(entry.strip("[]"), strict=False)
+        return ipaddress.ip_address(host) in block
+    return entry == "*" or f".{host}".endswith("." + entry.lstrip("*."))
 
 
 def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]] | None:
     """Host, port and login, which is a header, of the proxy on the way to the host."""
     variables = urllib.request.getproxies_environment()
+    exempt = variables.get("no", "").lower().replace(",", " ").split()
     url = variables.get(scheme, "").strip()
-    for entry in variables.get("no", "").lower().replace(",", " ").split():
-        name = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port names nothing
-        url = "" if _is_named(host, name.strip("[]")) else url
-    if not url:
+    if not url or any(_is_exempt(host, port, entry) for entry in exempt):
         return None
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        if parts.scheme != "http" or not re.fullmatch(r"[!-~]+", parts.hostname or ""):
-            raise ValueError
-        login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
-        basic = "Basic " + base64.b64encode(login.encode("utf-8", "replace")).decode("ascii")
-        header = {"Proxy-Authorization": basic} if "@" in parts.netloc else {}
-        return str(parts.hostname), parts.port or 80, header
-    except ValueError:
-        raise ConfigError(f"{scheme.upper()}_PROXY must look like http://host:port") from None
+    url = url if "://" in url else "http://" + url
+    pattern, login = r"http://[^/?#\\\s]+/?", {}
+    parts = _url_parts(f"{scheme.upper()}_PROXY", "http://host:port", pattern, url)
+    if parts.username:
+        pair = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+        login["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    return str(parts.hostname), parts.port or 80, login
 
 
 class _Gateway:
     """Where the calls go: the checked base URL, the proxy on the way, the CAs that are trusted."""
 
     def __init__(self, base_url: str, allow_http: bool, ca_file: Any) -> None:
-        try:
-            parts = urllib.parse.urlsplit(base_url.strip())
-            self.host, port = (parts.hostname or "").encode("idna").decode("ascii"), parts.port
-            path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_URLS)
-            whole = re.fullmatch(r"(?i)https?://[^\x00-\x20\x7f\\@?#]+", base_url.strip())
-            if not whole or port == 0 or not re.fullmatch("[!-~]+", self.host):
-                raise ValueError
-        except (ValueError, AttributeError):
-            shape = f"like {_BASE_URL}, with a valid host and port, without user and query"
-            given = _line(str(base_url).rpartition("@")[2])  # without a password
-            given = repr(given) if "://" in given else "what was given"  # it may be the key
-            raise ConfigError(f"the base URL must look {shape}, not {given}") from None
-        self.tls = parts.scheme == "https"
-        self.port = port or (443 if self.tls else 80)
-        loopback = any(_is_named(self.host, each) for each in ("localhost", "127.0.0.0/8", "::1"))
+        like = f"{_BASE_URL}, without user and query"
+        parts = _url_parts("the base URL", like, r"https?://[\w.:/\[\]%~-]+", base_url)
+        self.tls, self.netloc = parts.scheme == "https", parts.netloc
+        self.host, self.port = str(parts.hostname), parts.port or (443 if self.tls else 80)
+        self.target = self.netloc if parts.port else f"{self.netloc}:{self.port}"
+        self.url = f"{parts.scheme}://{self.netloc}{parts.path.rstrip('/')}"
+        loopback = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", self.host)
         if not (self.tls or allow_http or loopback):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        self.target, self.netloc = f"{host}:{self.port}", f"{host}:{port}" if port else host
-        self.url = f"{parts.scheme}://{self.netloc}{path}"
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
         get = os.environ.get
-        file, folder = get("SSL_CERT_FILE"), get("SSL_CERT_DIR")
-        if ca_file or not (file or folder):
-            file = ca_file or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
-            folder = file if file and os.path.isdir(file) else None
-        self.ca_file, self.ca_path = None if folder == file else file or None, folder or None
+        ca = ca_file or get("SSL_CERT_FILE") or get("SSL_CERT_DIR")
+        self.ca = str(ca or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE") or "")
 
 
 # ---- wire: one connection under a clock; the only room that touches the network ------------------
@@ -654,13 +599,14 @@ class _Wire(io.BufferedReader):
         self.source.close()
 
 
-def _trusting(file: str | None, path: str | None) -> ssl.SSLContext:
+def _trusting(ca: str) -> ssl.SSLContext:
+    """A context that trusts the CAs in a file or in folders, else those of the system."""
     try:
-        if path and not any(map(os.path.isdir, path.split(os.pathsep))):
-            raise OSError("no such folder")  # which OpenSSL would not mind
-        return ssl.create_default_context(cafile=file, capath=path)
+        if any(map(os.path.isdir, ca.split(os.pathsep))):
+            return ssl.create_default_context(capath=ca)
+        return ssl.create_default_context(cafile=ca)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"needs a CA file; {file or path} is of no use: {error}") from None
+        raise ConfigError(f"needs a CA file; {ca} is of no use: {error}") from None
 
 
 def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
@@ -753,9 +699,9 @@ class _Call(urllib.request.Request):
             phase = "deadline" if clock.end <= clock.until else phase
             reason = f"took too long (time-out: {phase}){billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{_LOST[phase]}: {_line(cause) or type(cause).__name__}{billed}"
+        reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
-            trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
+            trusted = self.gateway.ca or "the system's CAs"
             trusted += ", by strict X.509 as Python does from 3.13" * (sys.version_info >= (3, 13))
             reason += f"; checked against {trusted}: SSL_CERT_FILE names the file of a private CA"
             return APIConnectionError(reason)
@@ -779,7 +725,8 @@ class _Call(urllib.request.Request):
         if come is not None:
             error.completion = Completion(self.scrub(come))  # errors end in logs
             error.completion.headers = self.scrub(come.headers)
-        error.args = (self.scrub(what)[:_MESSAGE_LIMIT],)
+        line = "".join(c if c.isprintable() else " " for c in self.scrub(what))
+        error.args = (line[:_MESSAGE_LIMIT],)
         error.__context__ = error.__traceback__ = None  # they hold our frames, these the client
         return error
 
@@ -806,7 +753,7 @@ class _Call(urllib.request.Request):
             raise error
         if not 200 <= status < 300:
             target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
-            host = _line(target[1].rpartition("@")[2]) if target else "another path"
+            host = target[1].rpartition("@")[2] if target else "another path"
             reason = "the key is sent to the gateway only: check the base URL"
             raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
         for field in _SOUND.keys() & map(str.lower, headers):
@@ -935,7 +882,7 @@ class _Transport:
         pid = os.getpid()
         with self.locks.setdefault(pid, Lock()):
             if pid not in self.contexts:
-                self.contexts[pid] = _trusting(self.gateway.ca_file, self.gateway.ca_path)
+                self.contexts[pid] = _trusting(self.gateway.ca)
             return self.contexts[pid]
 
     def connect(self, call: _Call) -> _Wire:
@@ -1109,10 +1056,12 @@ def _is_failed(choice: Json) -> bool:
 class _Assembly:
     """Puts the chunks of a stream together into the completion that chat() would have given."""
 
-    def __init__(self, headers: Message) -> None:
+    def __init__(self, headers: http.client.HTTPMessage) -> None:
         self.headers = headers
         self.fields: Json = {}  # what is said of the answer as a whole
-        self.routed = {n: headers[field].strip() for n, field in _ROUTED.items() if headers[field]}
+        begun = Completion()
+        begun.headers = headers
+        self.routed = {n: getattr(begun, n) for n in _ROUTED if getattr(begun, n)}
         self.choices: dict[int, Json] = {}
         self.whole: Completion | None = None  # when the gateway did not stream at all
         self.error: LowRouterError | None = None
@@ -1236,13 +1185,13 @@ class _ModelCache:
 # ---- client: composition only --------------------------------------------------------------------
 
 
-def _check_route(call: _Call, answer: _Answer) -> None:
+def _check_route(call: _Call, answer: Completion) -> None:
     """A pinned region or provider is kept or it is an error; what is not named is no evidence."""
     for name, pin in call.pins.items():
         got = getattr(answer, name)
         comparable = isinstance(got, str) and isinstance(pin, str) and got.strip()
         if comparable and got.strip().lower() != pin.strip().lower():
-            what = f"answered from {name} {_line(got)}, not from {_line(pin)}"
+            what = f"answered from {name} {got}, not from {pin}"
             whole = answer if answer.get("choices") else None
             raise RouteMismatchError(what, completion=whole, generation_id=answer.generation_id)
 
@@ -1250,7 +1199,7 @@ def _check_route(call: _Call, answer: _Answer) -> None:
 def _any_json(call: _Call) -> Any:
     """Whatever comes; if it names its route, that is the pinned one."""
     data = call.json()
-    answer = _Answer(_as(dict, data))
+    answer = Completion(_as(dict, data))
     answer.headers = call.response.headers
     _check_route(call, answer)
     return data
@@ -1479,7 +1428,8 @@ class Client:
             raise ConfigError(f"method must be a word such as GET, not {method!r}")
         if not isinstance(path, str) or "://" in path.partition("?")[0]:
             raise ConfigError(f"path must be below the base URL, such as /providers, not {path!r}")
-        path = "/" + _quoted(path.lstrip("/"), _IN_URLS + "?")
+        safe = "/?%:@!$&'()*+,;=~"  # what stands in a path and its query as it is
+        path = "/" + urllib.parse.quote(path.lstrip("/"), safe=safe, errors="surrogatepass")
         return self._transport.send(self._call(method.upper(), path, body), _any_json)
 
     def models(self, refresh: bool = False) -> list[Json]:
@@ -1509,7 +1459,8 @@ class Client:
         """
         if not isinstance(generation_id, str) or generation_id in ("", ".", ".."):
             raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
-        call = self._call("GET", "/generation/" + _quoted(generation_id, ""))  # it is opaque
+        segment = urllib.parse.quote(generation_id, safe="", errors="surrogatepass")  # it is opaque
+        call = self._call("GET", "/generation/" + segment)
         end = time.monotonic() + _seconds("wait", wait)
         while True:
             try:
@@ -1521,7 +1472,7 @@ class Client:
                     raise
         record = record if "generation_id" in record else _as(dict, record.get("data")) or record
         if not record:
-            raise call.failure(BadResponseError(f"sent no record of {_line(generation_id)}"))
+            raise call.failure(BadResponseError(f"sent no record of {generation_id}"))
         return record
 
 
