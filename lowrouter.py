@@ -427,8 +427,8 @@ def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]]
     if not url or any(_is_exempt(host, port, entry) for entry in exempt):
         return None
     url = url if "://" in url else "http://" + url
-    pattern, login = r"http://[^/?#\\\s]+/?", {}
-    parts = _url_parts(f"{scheme.upper()}_PROXY", "http://host:port", pattern, url)
+    parts = _url_parts(f"{scheme.upper()}_PROXY", "http://host:port", "http://[!-~]+", url)
+    login = {}
     if parts.username:
         pair = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
         login["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()

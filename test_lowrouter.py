@@ -5238,6 +5238,7 @@ class TestProxies(WithCertificates):
             "http://user:secret@",
             "http://user:secret@[::1",
             "http://user:secret@pro xy:80",
+            "http://user:\udce4secret@proxy.test",  # a byte that is no UTF-8
             "socks5://user:secret@proxy.test:1080",
             "socks5h://proxy.test:1080",
             "https://user:secret@proxy.test:443",
