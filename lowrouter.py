@@ -11,7 +11,7 @@ LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL, LOWROUTER_CACHE_D
 HTTP_PROXY, NO_PROXY; SSL_CERT_FILE, SSL_CERT_DIR, then REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
 Each room below uses only what stands above it, in the order of the data:
 
-    messages -> body -> call -> blocks of bytes -> lines -> events -> Chunk, ... -> Completion
+    messages -> body -> call -> blocks of bytes -> texts -> events -> Chunk, ... -> Completion
 
 Facts about the gateway: [seed] is its curl page, [docs] its other pages, [assumption] neither.
 """
@@ -19,6 +19,7 @@ Facts about the gateway: [seed] is its curl page, [docs] its other pages, [assum
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
 import email.utils
 import encodings.utf_8_sig  # noqa: F401  the first answer would load it, when no file may open
@@ -100,8 +101,8 @@ def _text(content: Any) -> str:
     return "".join(_as(str, _as(dict, part).get("text")) for part in _as(list, content))
 
 
-class Completion(dict):  # type: ignore[type-arg]
-    """An answer: exactly the JSON that arrived; its properties look at choice 0 and never raise."""
+class _Answer(dict):  # type: ignore[type-arg]
+    """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
 
     headers = http.client.HTTPMessage()  # of the response; look-ups ignore case [docs]
 
@@ -173,8 +174,12 @@ class Completion(dict):  # type: ignore[type-arg]
         return _as(dict, _as(dict, self.get("lowrouter")).get("eco")) or None
 
 
-class Chunk(Completion):
-    """One piece of a streamed answer, looked at in the same way; its `message` is the delta."""
+class Completion(_Answer):
+    """A whole answer: OpenAI's `chat.completion` object with the `lowrouter` block [docs]."""
+
+
+class Chunk(_Answer):
+    """One piece of a streamed answer: OpenAI's `chat.completion.chunk`; `message` is its delta."""
 
 
 # ---- errors: whose fault it is, what to do, and what can be saved; all of them pickle ------------
@@ -337,8 +342,11 @@ def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Js
         messages = [{"role": "user", "content": messages}]
     given = {name: value for name, value in options.items() if value is not None}
     body = {"model": model, "messages": messages, "route": route, **given}
-    if not _are_dicts(messages) or not isinstance(body["route"] or {}, dict):
-        raise ConfigError("messages must be a str or a list of dicts, route must be a dict")
+    if not _are_dicts(messages):
+        wrong = type(messages).__name__
+        raise ConfigError(f"messages must be a str or a list of dicts, not this {wrong}")
+    if not isinstance(body["route"] or {}, dict):
+        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
     if streams:
         usage = options.get("stream_options", {"include_usage": True})  # None: not asked for
         body.update(stream=True, stream_options=usage)
@@ -940,45 +948,40 @@ class _Transport:
             tries_left, pause = tries_left - 1, min(pause * 2, longest)
 
 
-# ---- server-sent events: blocks -> lines -> events; WHATWG's rules, knowing neither JSON nor us --
+# ---- server-sent events: blocks -> texts -> events; WHATWG's rules, knowing neither JSON nor us --
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[list[str]]:
-    """Split at LF, CR and CRLF and nowhere else, then decode, so that no character is ever cut."""
-    rest = bytearray()
-    after_cr, codec = False, "utf-8-sig"  # one BOM may lead
+def _texts(blocks: Iterable[bytes]) -> Iterator[list[str]]:
+    """Decode, and split at blank lines, which end an event; the last one may be unfinished."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")("replace")  # one BOM may lead
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)  # a line ends in LF, CR or CRLF
+    rest = ""
     for block in blocks:
-        if after_cr and block.startswith(b"\n"):
-            block = block[1:]  # the other half of a CRLF
-        after_cr = block.endswith(b"\r")
-        end = max(block.rfind(b"\n"), block.rfind(b"\r")) + 1
-        rest += block[:end] if end else block
-        if end:
-            text = rest.decode(codec, "replace")
-            rest, codec = bytearray(block[end:]), "utf-8"
-            text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-            yield text[:-1].split("\n")
-        elif len(rest) > _EVENT_LIMIT:
-            raise StreamError(f"sent a line longer than {_EVENT_LIMIT >> 20} MiB")
-    yield [rest.decode(codec, "replace")]
+        searched = max(len(rest) - 1, 0)
+        rest += decoder.decode(block)
+        end = rest.rfind("\n\n", searched)
+        if end >= 0:
+            yield rest[:end].split("\n\n")
+            rest = rest[end + 2 :]
+        elif sys.getsizeof(rest) > _EVENT_LIMIT:
+            raise StreamError(f"sent an event longer than {_EVENT_LIMIT >> 20} MiB")
+    yield [rest + decoder.decode(b"", final=True)]
 
 
-def _events(lines: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
-    """Yield (event, data) where there is data; an unfinished last event counts too [assumption]."""
-    event, data, size = "", [], 0
-    for line in itertools.chain.from_iterable(itertools.chain(lines, [[""]])):
-        name, _, value = line.partition(":")
-        if name == "data":
-            data.append(value[1:] if value.startswith(" ") else value)
-            size += sys.getsizeof(value)  # a short line takes ten times its length
-            if size > _EVENT_LIMIT:
-                raise StreamError(f"sent an event longer than {_EVENT_LIMIT >> 20} MiB")
-        elif name == "event":
-            event = value.strip()
-        elif not line:
+def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield (name, data) where there is data, also in an unfinished last event [assumption]."""
+    for text in itertools.chain.from_iterable(_texts(blocks)):
+        if text.startswith("data: ") and "\n" not in text:
+            yield "", text[6:]  # as nearly all are
+        elif re.match(r"\s*\{", text):
+            yield "", text  # no stream at all: a whole answer, or an error
+        elif re.match(r"\s*<", text):
+            raise BadResponseError("sent HTML: a proxy answered, not LowRouter")
+        else:
+            names = re.findall(r"(?m)^event: ?(.*)", text)
+            data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
             if data:
-                yield event, "\n".join(data)
-            event, data, size = "", [], 0
+                yield "".join(names[-1:]).strip(), "\n".join(data)
 
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
@@ -986,55 +989,47 @@ def _events(lines: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
 _GROWING = frozenset(
     "content reasoning reasoning_content thinking refusal arguments input data transcript".split()
 )
-_USUAL = frozenset(("index", "delta", "finish_reason"))  # what most choices have and no more
 
 
-def _update(kept: Json, said: Json) -> None:
-    """Of what is said again the last word counts, but for an empty one."""
-    for name, value in said.items():
-        if value not in (None, "", {}) or name not in kept:
-            kept[name] = value
+def _parts(content: Any) -> list[Any]:
+    """A text as a list of parts, which is the other shape of a content: thoughts come in it."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
-def _with_parts(before: Any, value: Any) -> list[Any]:
-    """Where a text comes in parts, thoughts say, all of it becomes a list of parts."""
-    parts = _as(list, before)
-    if before and isinstance(before, bytearray):
-        parts = [{"type": "text", "text": before}]
-    if isinstance(value, list):
-        parts += value
-    elif value and parts and isinstance(_as(dict, parts[-1]).get("text"), bytearray):
-        parts[-1]["text"] += value.encode("utf-8", "surrogatepass")
-    elif value:
-        parts.append({"type": "text", "text": bytearray(value, "utf-8", "surrogatepass")})
-    return parts
+def _tool_call(calls: list[Json], piece: Json) -> Json:
+    """The call to which a piece belongs: that of its index, else of its id, else the last one."""
+    key = "id" if piece.get("index") is None else "index"
+    for call in reversed(calls):
+        if call.get(key) == piece.get(key) or piece.get(key) in (None, ""):
+            return call
+    calls.append({})
+    return calls[-1]
 
 
 def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
-    """Add a delta: texts, lists and dicts grow, of other values the last one counts."""
+    """Add a delta: texts, lists and objects grow, of other values the last one counts."""
     for name, value in piece.items():
-        before = kept.get(name)
-        if isinstance(before, bytearray) and not isinstance(value, list):
-            before += _text(value).encode("utf-8", "surrogatepass")
-        elif name in _GROWING and isinstance(value, str) and not before:
-            kept[name] = bytearray(value, "utf-8", "surrogatepass")  # which grows in its place
-        elif name in _GROWING and isinstance(value, (str, list)):
-            kept[name] = _with_parts(before, value)
-        elif name == "tool_calls" and isinstance(value, list) and depth > 0:
-            calls = kept[name] = _as(list, before)
-            for call in [each for each in value if isinstance(each, dict)]:
-                # by index, else by id, else the last one
-                key = next((k for k in ("index", "id") if call.get(k) not in (None, "")), None)
-                same = [each for each in calls if key is None or each.get(key) == call[key]]
-                calls += [] if same else [{}]
-                _merge((same or calls)[-1], call, depth - 1)
-        elif isinstance(value, list):
-            kept[name] = _as(list, before)
-            kept[name] += value
-        elif isinstance(value, dict) and depth > 0:
+        before = kept.get(name) or None  # an empty list is still that of a chunk, not ours
+        if isinstance(before, bytearray) and isinstance(value, str):
+            before += value.encode("utf-8", "surrogatepass")  # a str would be copied each time
+        elif not value:
+            kept[name] = value if kept.get(name) is None else kept[name]
+        elif isinstance(value, dict) and depth:
             kept[name] = _as(dict, before)
             _merge(kept[name], value, depth - 1)
-        elif value not in (None, "") or name not in kept:
+        elif isinstance(before, dict):
+            continue  # odd, and no reason to forget what came
+        elif name == "tool_calls" and isinstance(value, list) and depth:
+            calls = kept[name] = _as(list, before)
+            for call in [each for each in value if isinstance(each, dict)]:
+                _merge(_tool_call(calls, call), call, depth - 1)
+        elif isinstance(before, list):
+            before += _parts(value)
+        elif isinstance(value, list):
+            kept[name] = (_parts(before) if before else []) + value
+        elif isinstance(value, str) and name in _GROWING:
+            kept[name] = bytearray(value, "utf-8", "surrogatepass")
+        elif not isinstance(before, bytearray):
             kept[name] = value
 
 
@@ -1049,10 +1044,6 @@ def _plain(value: Any, depth: int = 9) -> Any:
     return value
 
 
-def _is_failed(choice: Json) -> bool:
-    return choice.get("finish_reason") == "error" or bool(choice.get("error"))
-
-
 class _Assembly:
     """Puts the chunks of a stream together into the completion that chat() would have given."""
 
@@ -1063,75 +1054,74 @@ class _Assembly:
         begun.headers = headers
         self.routed = {n: getattr(begun, n) for n in _ROUTED if getattr(begun, n)}
         self.choices: dict[int, Json] = {}
-        self.whole: Completion | None = None  # when the gateway did not stream at all
+        self.done = False  # whether the gateway said that this was all
         self.error: LowRouterError | None = None
-        self.done = self.failed = False
 
-    def add(self, chunk: Chunk) -> None:
-        if all(chunk.values()):
-            self.fields.update(chunk)  # as `_update` does, but at once
-        else:
-            _update(self.fields, chunk)
+    def add(self, chunk: _Answer) -> None:
+        for name, value in chunk.items():
+            if value or name not in self.fields:  # an empty word does not replace what was said
+                self.fields[name] = value
         if "lowrouter" in chunk:
-            _update(self.routed, _as(dict, chunk["lowrouter"]))
-        choices: Any = chunk.get("choices")
-        for position, choice in enumerate(choices if isinstance(choices, list) else []):
-            if not isinstance(choice, dict):
-                continue
-            index = choice.get("index")
-            index = index if isinstance(index, int) else position
-            kept = self.choices.get(index)
-            if kept is None:
-                kept = self.choices[index] = {"index": index, "message": {"role": "assistant"}}
-            _merge(kept["message"], choice.get("delta") or choice.get("message") or {})
-            if choice.get("finish_reason") or not _USUAL.issuperset(choice):
-                known = ("index", "delta", "message")
-                others = {k: v for k, v in choice.items() if v is not None and k not in known}
-                _merge(kept, others)
-                self.failed |= _is_failed(choice)
+            block = _as(dict, chunk["lowrouter"])
+            self.routed.update({n: v for n, v in block.items() if v or n not in self.routed})
+        for choice in _as(list, chunk.get("choices")):
+            if isinstance(choice, dict):
+                index = _as(int, choice.get("index"))
+                if index not in self.choices:
+                    self.choices[index] = {"delta": {"role": "assistant"}}
+                _merge(self.choices[index], choice)
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
-        if self.done or self.whole:
-            return True
-        reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
-        return bool(reasons) and all(reasons) and "error" not in reasons
+        ends = [c.get("finish_reason") or c.get("message") for c in list(self.choices.values())]
+        return self.done or (bool(ends) and all(ends))  # a message, unlike a delta, is whole
 
     def completion(self) -> Completion:
-        """The answer as far as it has come."""
-        completion = Completion(self.whole or self.fields)
+        """The answer as far as it has come, {} before the first chunk."""
+        completion, choices = Completion(self.fields), []
         completion.headers = self.headers
-        completion.pop("error", None)  # which is in the exception
-        if self.whole is None and self.fields:
-            choices = [_plain(choice) for _, choice in sorted(self.choices.items())]
+        for index, kept in sorted(self.choices.items()):
+            choice = _plain(kept)
+            message = {**choice.pop("delta"), **_as(dict, choice.get("message"))}
+            choices.append({**choice, "index": index, "message": message})
+        if completion:
             completion.update({"object": "chat.completion", "choices": choices})
-            completion.update({"lowrouter": dict(self.routed)} if self.routed else {})
+            if self.routed:
+                completion["lowrouter"] = dict(self.routed)
         return completion
+
+
+def _failure(answer: Json) -> Json | None:
+    """What tells that an answer failed: an error in it or in a choice, or "error" as a reason."""
+    if answer.get("error"):
+        return answer
+    for choice in _as(list, answer.get("choices")):
+        choice = _as(dict, choice)
+        if choice.get("error") or choice.get("finish_reason") == "error":
+            return {"error": choice.get("error")}
+    return None
 
 
 def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[Chunk]:
     """Yield a chunk for each event until [DONE]; an error in the stream is raised."""
     for event, data in events:
-        if data.strip() == "[DONE]":
-            assembly.done = True
-            return
-        bad: Any = event == "error"
         try:
             value = _loads(data)
-            chunk = Chunk(value if isinstance(value, dict) else {})
-            chunk.headers = assembly.headers
-            bad = bad or chunk.get("error")
-            if not bad or chunk.get("choices"):
-                assembly.add(chunk)
-            elif assembly.fields:
-                assembly.add(Chunk({k: chunk[k] for k in ("usage", "lowrouter") if k in chunk}))
-        except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
-            value, chunk = data.strip(), Chunk()
-        if bad or assembly.failed:
-            places = [chunk, *(_as(dict, choice) for choice in _as(list, chunk.get("choices")))]
-            failed = next((each for each in places if each.get("error")), chunk or data)
-            raise _refusal(StreamError, "failed in the stream", failed)
+        except ValueError:
+            value = data.strip()
+        if value == "[DONE]":
+            assembly.done = True
+            return
+        if event == "error":
+            raise _refusal(StreamError, "failed in the stream", value)
         if isinstance(value, dict):
+            chunk = Chunk(value)
+            chunk.headers = assembly.headers
+            failed = _failure(chunk) if '"error"' in data else None
+            if not failed or chunk.get("choices"):
+                assembly.add(chunk)
+            if failed:
+                raise _refusal(StreamError, "failed in the stream", failed)
             yield chunk
         elif value and event in ("", "message"):  # other events are not for us [assumption]
             raise StreamError("sent an event that was cut, or is no JSON object", body=data)
@@ -1141,42 +1131,42 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
 
 
 class _ModelCache:
-    """The model list as JSON text: in memory, and with a directory in a file of its own."""
+    """The model list of each key as JSON text: in memory, and in a file where a folder is set."""
 
-    def __init__(self, directory: Any, base_url: str) -> None:
-        self.directory, self.base_url = os.fsdecode(directory) if directory else "", base_url
+    def __init__(self, folder: Any, base_url: str) -> None:
+        self.folder, self.base_url = os.fsdecode(folder) if folder else "", base_url
         self.texts: dict[str, str] = {}
 
     def path(self, key: str) -> str:
         """Named by digests, since the key itself is written nowhere."""
-        gateway = hashlib.sha256(self.base_url.encode("utf-8")).hexdigest()[:16]
-        owner = hashlib.sha256(key.encode("ascii")).hexdigest()[-16:]
-        return os.path.join(self.directory, f"models-{gateway}-{owner}.json")
+        owners = (self.base_url.encode("utf-8"), key.encode("ascii"))
+        names = [hashlib.sha256(each).hexdigest()[-16:] for each in owners]
+        return os.path.join(self.folder, "models-{}-{}.json".format(*names))
 
-    def read(self, key: str) -> tuple[float, list[Json]] | None:
-        """The age in seconds of the wall clock and a fresh copy of the list; None for a miss."""
+    def read(self, key: str) -> tuple[float, list[Json]]:
+        """Its age in seconds by the wall clock and a copy of the list; a miss is infinitely old."""
         path = self.path(key)
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
-            if path not in self.texts and self.directory:
+            if self.folder and path not in self.texts:
                 with open(path, encoding="utf-8") as file:
                     self.texts[path] = file.read(_ANSWER_LIMIT)
             record = _loads(self.texts[path])
-            age, listed = time.time() - record["saved"], record["models"]
-            if age >= 0 and record["base_url"] == self.base_url and _are_dicts(listed):
-                return age, listed
-        return None
+            age = time.time() - record["saved"]
+            if age >= 0 and _are_dicts(record["models"]):
+                return age, record["models"]
+        return float("inf"), []
 
-    def write(self, key: str, listed: list[Json]) -> None:
-        path, record = self.path(key), {"saved": time.time(), "base_url": self.base_url}
-        self.texts[path] = json.dumps({**record, "models": listed})
-        if not self.directory or key in self.texts[path]:
+    def write(self, key: str, models: list[Json]) -> None:
+        path = self.path(key)
+        text = self.texts[path] = json.dumps({"saved": time.time(), "models": models})
+        if not self.folder or key in text:
             return
         with contextlib.suppress(OSError, ValueError):
-            os.makedirs(self.directory, mode=0o700, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=self.directory)  # with mode 0600
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=self.folder)  # with mode 0600
             try:
                 with open(handle, "w", encoding="utf-8") as file:
-                    file.write(self.texts[path])
+                    file.write(text)
                 os.replace(draft, path)
             except OSError:
                 os.unlink(draft)
@@ -1185,70 +1175,17 @@ class _ModelCache:
 # ---- client: composition only --------------------------------------------------------------------
 
 
-def _check_route(call: _Call, answer: Completion) -> None:
-    """A pinned region or provider is kept or it is an error; what is not named is no evidence."""
-    for name, pin in call.pins.items():
-        got = getattr(answer, name)
-        comparable = isinstance(got, str) and isinstance(pin, str) and got.strip()
-        if comparable and got.strip().lower() != pin.strip().lower():
-            what = f"answered from {name} {got}, not from {pin}"
-            whole = answer if answer.get("choices") else None
-            raise RouteMismatchError(what, completion=whole, generation_id=answer.generation_id)
-
-
-def _any_json(call: _Call) -> Any:
-    """Whatever comes; if it names its route, that is the pinned one."""
-    data = call.json()
+def _checked(call: _Call, data: Any) -> Completion:
+    """The data as an answer; one that names another route than the pinned one is an error."""
     answer = Completion(_as(dict, data))
     answer.headers = call.response.headers
-    _check_route(call, answer)
-    return data
-
-
-def _whole(call: _Call) -> Completion:
-    """The completion that comes as one JSON object."""
-    data = call.json()
-    completion = Completion(_as(dict, data))
-    completion.headers = call.response.headers
-    if not isinstance(completion.get("choices"), list):
-        raise BadResponseError("sent no chat completion", body=data)
-    for choice in completion["choices"]:
-        if _is_failed(_as(dict, choice)):
-            said = {"error": choice.get("error")}
-            raise _refusal(BadResponseError, "failed in its answer", said, completion=completion)
-    _check_route(call, completion)
-    return completion
-
-
-def _model_list(call: _Call) -> list[Json]:
-    """The models, which come in an envelope or as they are [assumption]."""
-    data = call.json()
-    listed = _as(dict, data).get("data", data)
-    if not _are_dicts(listed):
-        raise BadResponseError("sent no list of models", body=data)
-    return list(listed)
-
-
-def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
-    """The chunks of an answer, by the byte it begins with; of one that is no stream, all of it."""
-    blocks, kind = iter(call.read, b""), call.response.headers.get_content_type()
-    first = start = b""
-    for block in blocks:
-        first += block
-        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if start or len(first) > _BLOCK:
-            break
-    streams = start in (b"d", b"e", b"i", b"r", b":")  # of data, event, id, retry or a comment
-    if kind == "text/event-stream":
-        streams = start not in (b"{", b"<")
-    if streams or (first and not start and kind == "text/plain"):
-        yield from _chunks(_events(_lines(itertools.chain([first], blocks))), assembly)
-    else:
-        call.received += first
-        assembly.whole = _whole(call)
-        chunk = Chunk(assembly.whole)
-        chunk.headers = assembly.headers
-        yield chunk
+    for name, pin in call.pins.items():
+        got, wanted = getattr(answer, name), str(pin).strip().lower()
+        if isinstance(got, str) and got.strip().lower() not in ("", wanted):
+            what = f"answered from {name} {got}, not from {pin}"
+            whole = answer if "choices" in answer else None
+            raise call.failure(RouteMismatchError(what), whole)
+    return answer
 
 
 def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, None]:
@@ -1256,9 +1193,9 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
     error: LowRouterError | None = None
     try:
         call.clock.enter("idle")  # silence counts only while the caller waits for its end
-        for chunk in _pieces(call, assembly):
+        for chunk in _chunks(_events(iter(call.read, b"")), assembly):
             if "lowrouter" in chunk:
-                _check_route(call, chunk)
+                _checked(call, chunk)
             yield chunk
             call.clock.enter("idle")
             if call.abandoned:
@@ -1268,7 +1205,7 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
         elif not assembly.complete():
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
-        error = call.failure(cause, assembly.completion() if assembly.fields else None)
+        error = call.failure(cause, assembly.completion())
     call.close()
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
@@ -1284,13 +1221,10 @@ class Stream:
     """
 
     def __init__(self, call: _Call) -> None:
-        self.headers, self._call = call.response.headers, call
-        self._assembly = _Assembly(self.headers)
-        _check_route(call, self.completion)
-        self._chunks: Generator[Chunk, None, None] = _read_stream(call, self._assembly)
-        if self.headers.get_content_type() != "text/event-stream":
-            first = list(itertools.islice(self._chunks, 1))  # an error, most likely
-            self._chunks = (chunk for part in (first, self._chunks) for chunk in part)
+        _checked(call, {})  # whose headers name the route before the first text
+        call.streams = True
+        self._call, self._assembly = call, _Assembly(call.response.headers)
+        self._chunks = _read_stream(call, self._assembly)
 
     @property
     def completion(self) -> Completion:
@@ -1309,10 +1243,8 @@ class Stream:
         if self._assembly.error:
             raise self._assembly.error
         if not self._assembly.complete():
-            self.close()
-            come = self.completion if self._assembly.fields else None
             what = "gave no whole answer: the stream was closed before its end"
-            raise self._call.failure(StreamError(what), come)
+            raise self._call.failure(StreamError(what), self.completion)
         return self.completion
 
     def close(self) -> None:
@@ -1369,8 +1301,6 @@ class Client:
         self._transport = _Transport(self._gateway, max_retries)
 
     def __repr__(self) -> str:
-        if "_transport" not in vars(self):
-            return "Client(with settings that cannot be used)"
         key = "..." + (self._key.value[-4:] if len(self._key.value) > 8 else "")
         return f"Client({key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
 
@@ -1397,9 +1327,7 @@ class Client:
 
     def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
         body = _chat_body(messages, streams, self._model, self._route, options)
-        call = self._call("POST", "/chat/completions", body, options)  # [seed]
-        call.streams = streams
-        return call
+        return self._call("POST", "/chat/completions", body, options)  # [seed]
 
     def chat(self, /, messages: str | list[Json], **options: Any) -> Completion:
         """Ask, and return the whole answer; raises a `LowRouterError`.
@@ -1407,13 +1335,18 @@ class Client:
         `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
         are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
         """
-        return self._transport.send(self._chat_call(messages, False, options), _whole)
+        call = self._chat_call(messages, False, options)
+        data = self._transport.send(call, _Call.json)
+        completion = _checked(call, data)
+        if not isinstance(completion.get("choices"), list):
+            raise call.failure(BadResponseError("sent no chat completion", body=data))
+        failed = _failure(completion)
+        if failed:
+            raise call.failure(_refusal(BadResponseError, "failed", failed), completion)
+        return completion
 
     def stream(self, /, messages: str | list[Json], **options: Any) -> Stream:
-        """Ask as `chat()` does, and return the chunks as they come.
-
-        The request is sent here, and a refusal raised; the stream raises what happens later.
-        """
+        """Ask as `chat()` does, raising a refusal, and return the chunks as they come."""
         return self._transport.send(self._chat_call(messages, True, options), Stream)
 
     def curl(self, /, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
@@ -1424,13 +1357,14 @@ class Client:
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Send any request below the base URL; return its JSON, None for an empty answer."""
-        if not isinstance(method, str) or not re.fullmatch("[A-Za-z]+", method):
-            raise ConfigError(f"method must be a word such as GET, not {method!r}")
-        if not isinstance(path, str) or "://" in path.partition("?")[0]:
-            raise ConfigError(f"path must be below the base URL, such as /providers, not {path!r}")
+        if not isinstance(path, str) or not re.fullmatch("[A-Za-z]+", _as(str, method)):
+            raise ConfigError(f"request() takes 'GET', '/providers', not {method!r}, {path!r}")
         safe = "/?%:@!$&'()*+,;=~"  # what stands in a path and its query as it is
         path = "/" + urllib.parse.quote(path.lstrip("/"), safe=safe, errors="surrogatepass")
-        return self._transport.send(self._call(method.upper(), path, body), _any_json)
+        call = self._call(method.upper(), path, body)
+        data = self._transport.send(call, _Call.json)
+        _checked(call, data)  # if it names its route, that is the pinned one
+        return data
 
     def models(self, refresh: bool = False) -> list[Json]:
         """Return the routable models [seed], kept for an hour; only their `id` is sure.
@@ -1438,19 +1372,22 @@ class Client:
         When the gateway cannot be reached, an older list is returned with a warning.
         """
         key = self._key.current()
-        kept = self._cache.read(key)
-        if kept and kept[0] <= _CACHE_SECONDS and not refresh:
-            return kept[1]
+        age, kept = self._cache.read(key)
+        if age <= _CACHE_SECONDS and not refresh:
+            return kept
+        call = self._call("GET", "/models")  # [seed]
         try:
-            listed = self._transport.send(self._call("GET", "/models"), _model_list)  # [seed]
+            data = self._transport.send(call, _Call.json)
         except APIConnectionError as error:
-            if kept is None:
+            if not kept:
                 raise
-            minutes = round(kept[0] / 60)
-            warnings.warn(f"using the models of {minutes} minutes ago: {error}", stacklevel=2)
-            return kept[1]
+            warnings.warn(f"using the models of {age / 60:.0f} minutes ago: {error}", stacklevel=2)
+            return kept
+        listed = _as(dict, data).get("data", data)  # in an envelope or as it is [assumption]
+        if not _are_dicts(listed):
+            raise call.failure(BadResponseError("sent no list of models", body=data))
         self._cache.write(key, listed)
-        return listed
+        return list(listed)
 
     def generation(self, generation_id: str, wait: float = 0.0) -> Json:
         """Return the record of an answer [seed]: tokens, cost, eco numbers, routing trace.
