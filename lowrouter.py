@@ -32,7 +32,6 @@ import json
 import os
 import random
 import re
-import select
 import socket
 import ssl
 import sys
@@ -293,6 +292,28 @@ def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) 
     return kind(f"{what}: {message}", **details)
 
 
+def _without(key: str, value: Any, depth: int = 99) -> Any:
+    """What is quoted from outside, without the key, and so shallow that it pickles."""
+    if isinstance(value, (dict, list)) and not depth:
+        return None
+    if isinstance(value, dict):
+        return {_without(key, k): _without(key, each, depth - 1) for k, each in value.items()}
+    if isinstance(value, list):
+        return [_without(key, each, depth - 1) for each in value]
+    if isinstance(value, http.client.HTTPMessage):
+        clean = http.client.HTTPMessage()
+        for name, each in value.items():
+            clean[_without(key, name)] = _without(key, each)
+        return clean
+    if not isinstance(value, str) or len(key) < _KEY_LENGTH:
+        return value
+    text = value.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
+    for size in range(len(key) - 1, _KEY_LENGTH, -1):
+        if text.endswith(key[:size]):
+            return text[:-size]  # which was cut
+    return text
+
+
 def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
     status, headers = response.status, response.headers
     passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
@@ -371,6 +392,23 @@ def _checked_headers(headers: Any) -> dict[str, str]:
     return {name.title(): value for name, value in headers.items()}
 
 
+def _our_headers(host: str, key: str, method: str, data: bytes) -> dict[str, str]:
+    """What the client itself says with a request."""
+    agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
+    headers = {"Host": host, "Authorization": "Bearer " + key}  # [seed]
+    headers.update({"User-Agent": agent, "Accept-Encoding": "identity"})
+    if data:
+        headers["Content-Type"] = "application/json"  # [seed]
+    if data or method != "GET":
+        headers["Content-Length"] = str(len(data))
+    return headers
+
+
+def _head(method: str, target: str, headers: dict[str, str]) -> bytes:
+    fields = [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"]).encode("ascii")
+
+
 def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
     """A chat call as a command for a POSIX shell, which takes the key from the environment."""
     from shlex import join, quote
@@ -384,27 +422,40 @@ def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]
 # ---- settings: the key, the base URL and the proxy; arguments first, then the environment -------
 
 
+def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not above < value < float("inf"):
+        raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
+    return float(max(-_FOREVER, min(value, _FOREVER)))
+
+
 class _Key:
     """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        get = os.environ.get
-        self.value = api_key or get("LOWROUTER_API_KEY", "")
-        self.file = "" if self.value else get("LOWROUTER_API_KEY_FILE", "")
-        self.source = "api_key" if api_key else "LOWROUTER_API_KEY or LOWROUTER_API_KEY_FILE"
+        get, self.source, self.file = os.environ.get, "api_key", ""
+        self.value = api_key.strip() if isinstance(api_key, str) else api_key or ""
+        if not self.value:
+            self.source, self.value = "LOWROUTER_API_KEY", get("LOWROUTER_API_KEY", "").strip()
+        if not self.value:
+            self.source, self.file = "LOWROUTER_API_KEY_FILE", get("LOWROUTER_API_KEY_FILE", "")
         self.current()
 
     def current(self) -> str:
-        key = self.value
-        with contextlib.suppress(OSError):  # it is just being replaced: ours still serves
+        """The key, or an error that does not show the name of the file, which may be the key."""
+        key, problem = self.value, "set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE"
+        try:
             if self.file:
                 with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                    key = file.read(_ERROR_LIMIT).strip() or key
-        if not isinstance(key, str) or not re.fullmatch(r"[!-~]+", key.strip()):
-            what = f"no API key of printable ASCII in {self.source}"
-            raise ConfigError(f"{what}: set LOWROUTER_API_KEY, or give Client(api_key=...)")
-        self.value = key.strip()  # CI secrets end in a newline
-        return self.value
+                    key = file.read(_ERROR_LIMIT).strip() or key  # one just being written is empty
+        except OSError as error:
+            problem = f"LOWROUTER_API_KEY_FILE cannot be read: {error.strerror}"
+        if not key:
+            raise ConfigError(f"no API key: {problem}")
+        if not isinstance(key, str) or not re.fullmatch(r"[!-~]+", key):
+            raise ConfigError(f"the API key from {self.source} must be a str of printable ASCII")
+        self.value = key
+        return key
 
 
 def _url_parts(name: str, like: str, pattern: str, url: Any) -> urllib.parse.SplitResult:
@@ -452,27 +503,25 @@ class _Gateway:
         self.tls, self.netloc = parts.scheme == "https", parts.netloc
         self.host, self.port = str(parts.hostname), parts.port or (443 if self.tls else 80)
         self.target = self.netloc if parts.port else f"{self.netloc}:{self.port}"
-        self.url = f"{parts.scheme}://{self.netloc}{parts.path.rstrip('/')}"
+        path = parts.path.rstrip("/")
+        self.url = f"{parts.scheme}://{self.netloc}{path}"
         loopback = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", self.host)
         if not (self.tls or allow_http or loopback):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
+        self.prefix = self.url if self.proxy and not self.tls else path  # of what is asked for
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
         get = os.environ.get
-        ca = ca_file or get("SSL_CERT_FILE") or get("SSL_CERT_DIR")
-        self.ca = str(ca or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE") or "")
+        file, folder = get("SSL_CERT_FILE"), get("SSL_CERT_DIR")
+        if ca_file or not (file or folder):
+            file = ca_file or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
+            folder = file if file and os.path.isdir(file) else None
+        self.ca_file, self.ca_path = None if folder == file else file or None, folder or None
 
 
 # ---- wire: one connection under a clock; the only room that touches the network ------------------
-
-
-def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not above < value < float("inf"):
-        raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
-    return float(max(-_FOREVER, min(value, _FOREVER)))
 
 
 class _Clock:
@@ -504,43 +553,34 @@ class _Clock:
         return True
 
 
-def _has_news(sock: socket.socket) -> bool:
-    """Whether something can be read at once: bytes, the end or an error."""
-    if not hasattr(select, "poll"):
-        return bool(select.select([sock], [], [], 0)[0])  # Windows
-    poll = select.poll()  # which knows no limit of descriptors
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 class _Socket(io.RawIOBase):
-    """The receiving end of a socket; before every wait it asks the clock of the present call."""
+    """The ends of a socket; before every wait it asks the clock of the present call."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.sock, self.pid = sock, os.getpid()
-        self.clock: Any = clock  # None: there is nothing to receive
-        self.last, self.cut = ord("\n"), False  # the last byte; whether the end came amid a line
+        self.sock, self.pid, self.may_end = sock, os.getpid(), False
+        self.clock: _Clock | None = clock  # None: nothing is waited for
+
+    def arm(self) -> None:
+        """Bound the next wait; not for a millisecond's sake, since all threads queue for that."""
+        left = self.clock.left() if self.clock else 0.0
+        now = self.sock.gettimeout()
+        if not now or abs(now - left) > 0.001:
+            self.sock.settimeout(left)
+
+    def send(self, data: Any) -> None:
+        self.arm()
+        self.sock.sendall(data)
 
     def readable(self) -> bool:
         return True
 
-    def arm(self) -> None:
-        """Bound the next wait; not for a millisecond's sake, since all threads queue for that."""
-        left = self.clock.left()
-        if abs((self.sock.gettimeout() or 0.0) - left) > 0.001:
-            self.sock.settimeout(left)
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self.clock is None:
-            return None
+    def readinto(self, buffer: Any) -> int:
         if self.pid != os.getpid():
             raise OSError("a forked process cannot read what its parent has asked for")
         self.arm()
         size = self.sock.recv_into(buffer)
-        if size:
-            self.last = buffer[size - 1]
-        else:
-            self.cut = self.last != ord("\n")
+        if not size and not self.may_end:  # for http.client it would be that of any head or body
+            raise ConnectionError("the connection was closed too early")
         return size
 
     def close(self) -> None:
@@ -551,29 +591,21 @@ class _Socket(io.RawIOBase):
 class _Wire(io.BufferedReader):
     """What http.client takes for its socket and its file: one buffer as long as the connection.
 
-    http.client closes its file after each answer and its socket before a last one; but what came
-    behind an answer must be seen, and a last one read. So `close` does nothing, `hang_up` closes.
+    http.client closes its file after each answer, but what came behind an answer must be seen: so
+    `close` does nothing. The socket is closed by its owner, or when nobody holds it any more.
     """
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.source = _Socket(sock, clock)
-        self.idle_since = (0.0, 0.0)  # seconds, by the monotonic and the wall clock
-        super().__init__(self.source, _BLOCK)
+        self.socket = _Socket(sock, clock)
+        super().__init__(self.socket, _BLOCK)
 
     def makefile(self, mode: str) -> _Wire:
         return self
 
-    def ask(self, method: str, target: str, headers: dict[str, str], body: Any = None) -> None:
-        """Send a request; head and body leave together, since apart one waits for the other."""
-        fields = [f"{name}: {value}" for name, value in headers.items()]
-        head = "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"])
-        data = memoryview(head.encode("ascii") + (body or b""))
-        for start in range(0, len(data), _SEND_BLOCK):
-            self.source.arm()
-            self.source.sock.sendall(data[start : start + _SEND_BLOCK])
-            if self.source.clock.phase == "response":
-                # a block ends a wait, and the last one begins that for the answer
-                self.source.clock.enter("response")
+    def close(self) -> None:
+        pass
+
+    flush = close
 
     def answer(self, method: str) -> http.client.HTTPResponse:
         """The head of the answer; waits through 102 and 103 too, where http.client skips 100."""
@@ -583,38 +615,27 @@ class _Wire(io.BufferedReader):
             if not 101 < response.status < 200:
                 return response
 
-    def stale(self) -> bool:
-        """Idle for too long; the monotonic clock alone stands still in a frozen Lambda sandbox."""
-        idle = max(time.monotonic() - self.idle_since[0], time.time() - self.idle_since[1])
-        return idle > _IDLE_SECONDS
-
     def fresh(self) -> bool:
-        """Whether it can be used again: not idle for long, and nothing came, not even the end."""
-        sock, self.source.clock = self.source.sock, None
+        """Whether it can be used again: nothing came after its last answer, not even the end."""
+        self.socket.clock = None
         try:
-            if self.peek(1) or self.stale() or self.source.pid != os.getpid():
-                return False  # what is left of the last answer nobody asked for
-            return not _has_news(sock) and not getattr(sock, "pending", int)()
+            self.peek(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
         except (OSError, ValueError):
-            return False  # it was closed
-
-    def close(self) -> None:
-        pass
-
-    flush = close
-
-    def hang_up(self) -> None:
-        self.source.close()
+            pass  # it is closed, or that of a parent process
+        return False
 
 
-def _trusting(ca: str) -> ssl.SSLContext:
-    """A context that trusts the CAs in a file or in folders, else those of the system."""
+def _trusting(gateway: _Gateway) -> ssl.SSLContext:
+    """What checks the certificates; loading the CAs takes 20 ms."""
+    file, path = gateway.ca_file, gateway.ca_path
     try:
-        if any(map(os.path.isdir, ca.split(os.pathsep))):
-            return ssl.create_default_context(capath=ca)
-        return ssl.create_default_context(cafile=ca)
+        if path and not any(map(os.path.isdir, path.split(os.pathsep))):
+            raise OSError("no such folder")  # which OpenSSL would not mind
+        return ssl.create_default_context(cafile=file, capath=path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"needs a CA file; {ca} is of no use: {error}") from None
+        raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
 
 
 def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
@@ -634,250 +655,47 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
     raise failure
 
 
-# ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
-
-_FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
-_LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
-_SOUND = {  # in each of these headers at most one value, and one that http.client gets right
-    "content-length": r"[0-9]+\s*",
-    "transfer-encoding": "chunked",  # not even with a space behind it
-    "content-encoding": r"(identity)?\s*",
-}
+def _idle_seconds(monotonic: float, wall: float) -> float:
+    """Since both; the monotonic clock alone stands still in a frozen Lambda sandbox."""
+    return max(time.monotonic() - monotonic, time.time() - wall)
 
 
-class _Call(urllib.request.Request):
-    """One request and its answer; it owns its wire, and gives it back at the end of the body."""
-
-    response: http.client.HTTPResponse
-    give_back: Callable[[_Wire, bool], None]
-    wire: _Wire | None = None  # as long as the call owns it
-    streams = sent = abandoned = False
-
-    def __init__(
-        self, gateway: _Gateway, clock: _Clock, key: str, method: str, path: str, body: Any
-    ) -> None:
-        data = None if body is None else _json_bytes(body)
-        super().__init__(gateway.url + path, data, method=method)
-        agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
-        self.head = {"Host": gateway.netloc, "Authorization": "Bearer " + key}  # [seed]
-        self.head.update({"User-Agent": agent, "Accept-Encoding": "identity"})
-        if data is not None:
-            self.head["Content-Type"] = "application/json"  # [seed]
-        if data is not None or method in ("PATCH", "POST", "PUT"):
-            self.head["Content-Length"] = str(len(data or b""))
-        if gateway.proxy and not gateway.tls:
-            host, port, login = gateway.proxy
-            self.set_proxy(f"{host}:{port}", "http")
-            self.head.update(login)
-        self.gateway, self.clock, self.key = gateway, clock, key
-        self.idempotent = method in ("GET", "HEAD")
-        self.pins: Json = {}
-        self.received = bytearray()  # of a body that is read as a whole
-
-    def scrub(self, value: Any, depth: int = 99) -> Any:
-        """What is quoted from outside, without the key, and so shallow that it pickles."""
-        if isinstance(value, (dict, list)) and not depth:
-            return None
-        if isinstance(value, dict):
-            return {self.scrub(name): self.scrub(each, depth - 1) for name, each in value.items()}
-        if isinstance(value, list):
-            return [self.scrub(each, depth - 1) for each in value]
-        if isinstance(value, http.client.HTTPMessage):
-            clean = http.client.HTTPMessage()
-            for name, each in value.items():
-                clean[self.scrub(name)] = self.scrub(each)
-            return clean
-        if not isinstance(value, str) or len(self.key) < _KEY_LENGTH:
-            return value
-        text = value.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
-        halves = (self.key[:size] for size in range(len(self.key) - 1, _KEY_LENGTH, -1))
-        return text[: -len(next(filter(text.endswith, halves), "")) or None]  # it may be cut
-
-    def shown(self) -> str:
-        """What an error carries of a body."""
-        return str(self.scrub(self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace")))
-
-    def translated(self, cause: Exception) -> LowRouterError:
-        """Our error for a foreign one, by the phase in which it was raised."""
-        clock, phase = self.clock, self.clock.phase
-        again = self.idempotent or phase == "connect"
-        billed = "; the call may have been billed, so it is not sent again"
-        billed = "" if again or not self.sent else billed
-        if isinstance(cause, (socket.timeout, TimeoutError)):
-            phase = "deadline" if clock.end <= clock.until else phase
-            reason = f"took too long (time-out: {phase}){billed}"
-            return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}{billed}"
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            trusted = self.gateway.ca or "the system's CAs"
-            trusted += ", by strict X.509 as Python does from 3.13" * (sys.version_info >= (3, 13))
-            reason += f"; checked against {trusted}: SSL_CERT_FILE names the file of a private CA"
-            return APIConnectionError(reason)
-        if phase == "connect" or (phase == "response" and isinstance(cause, OSError)):
-            return APIConnectionError(reason, retryable=again)
-        kind = StreamError if self.streams and phase == "idle" else BadResponseError
-        return kind(reason, retryable=again)
-
-    def failure(self, cause: Exception, come: Completion | None = None) -> LowRouterError:
-        """Our error for whatever was raised: short, with what has come, and without the key."""
-        error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
-        name, what = self.gateway.name, str(error)
-        what = what if what.startswith((name, self.scrub(name))) else f"{name} {what}"
-        told = {"body": self.shown() or None, **vars(error)}
-        come = come or told.pop("completion", None)
-        answer = Completion() if come is None else come
-        if come is None and self.clock.phase == "idle":  # else no answer has begun
-            answer.headers = self.response.headers
-        told["generation_id"] = error.generation_id or answer.generation_id
-        vars(error).update(self.scrub(told))
-        if come is not None:
-            error.completion = Completion(self.scrub(come))  # errors end in logs
-            error.completion.headers = self.scrub(come.headers)
-        line = "".join(c if c.isprintable() else " " for c in self.scrub(what))
-        error.args = (line[:_MESSAGE_LIMIT],)
-        error.__context__ = error.__traceback__ = None  # they hold our frames, these the client
-        return error
-
-    def exchange(self, wire: _Wire) -> _Call:
-        """Send the request and read the head of the answer."""
-        self.wire, self.sent, wire.source.clock = wire, False, self.clock
-        self.clock.enter("response")
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            # who closes before it has read all may have said why, 413 say: the answer decides
-            wire.ask(self.get_method(), self.selector, self.head, self.data)
-            self.sent = True
-        self.response = wire.answer(self.get_method())
-        self.clock.enter("idle")
-        return self
-
-    def check(self) -> None:
-        """Raise unless the gateway said yes, in the coding that was asked for."""
-        status, headers = self.response.status, self.response.headers
-        if status >= 400:
-            self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
-            error = _status_error(self.response, self.shown())
-            if self.pins and isinstance(error, NoProviderError):
-                error.pinned, error.retryable = True, False
-            raise error
-        if not 200 <= status < 300:
-            target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
-            host = target[1].rpartition("@")[2] if target else "another path"
-            reason = "the key is sent to the gateway only: check the base URL"
-            raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
-        for field in _SOUND.keys() & map(str.lower, headers):
-            values = {value.lower() for value in headers.get_all(field, ())}
-            if len(values) > 1 or not re.fullmatch(_SOUND[field], values.pop()):
-                what = f"a bad {field}, not what was asked for"
-                raise BadResponseError(f"sent {what}: a proxy may have done it")
-
-    def read(self) -> bytes:
-        """Return bytes as soon as there are some, and b"" at the true end of the body."""
-        response = self.response
-        block = response.read1(_BLOCK)  # read(n) would wait for n bytes
-        # http.client takes a body short of its length for whole, the 0 of a size that was cut for
-        # the last chunk, and -5 for the size of a chunk
-        negative = response.chunked and (response.chunk_left or 0) < 0
-        cut = not block and response.chunked and self.wire and self.wire.source.cut
-        if negative or cut or (response.length and not block):
-            raise http.client.IncompleteRead(b"")
-        if not block and self.wire:
-            response.close()  # before 3.13 a body that was read by read1 never counts as closed
-            wire, self.wire = self.wire, None
-            self.give_back(wire, self.sent and not (response.will_close or self.abandoned))
-        return block
-
-    def close(self) -> None:
-        """Hang up, unless the wire was given back."""
-        wire = self.wire  # once, since another thread may just give it back
-        if wire:
-            wire.hang_up()
-
-    def fill(self, limit: int) -> None:
-        """Read the body to its end; any byte ends a silence."""
-        for block in iter(self.read, b""):
-            self.clock.enter("idle")
-            self.received += block
-            if len(self.received) > limit:
-                raise BadResponseError(f"sent more than {limit >> 10} KiB")
-
-    def abandon(self) -> None:
-        """End the wait of another thread for this answer, which closing would not."""
-        self.abandoned = True  # before the wire is looked at: from now on it is not given back
-        wire = self.wire
-        if wire and wire.source.pid == os.getpid():  # the answer may be that of a parent process
-            with contextlib.suppress(OSError):
-                # not that of SSLSocket, which takes TLS away from the thread that is reading
-                socket.socket.shutdown(wire.source.sock, socket.SHUT_RDWR)
-
-    def within(self, seconds: float, read: Callable[[], Any]) -> None:
-        """Read what is no news any more, for some seconds."""
-        end, self.clock.end = self.clock.end, min(self.clock.end, time.monotonic() + seconds)
-        with contextlib.suppress(*_FOREIGN):
-            read()
-        self.clock.end = end
-
-    def json(self) -> Any:
-        """The body as JSON; None where there is none (204)."""
-        self.fill(_ANSWER_LIMIT)
-        if not self.received:
-            # the end of the chunks was seen, too; the end of a head that was cut was not
-            empty = self.response.headers.get("Content-Length") == "0" or self.response.chunked
-            if empty or self.response.status == 204 or self.get_method() == "HEAD":
-                return None
-            raise http.client.IncompleteRead(b"")
-        try:
-            text = self.received.decode("utf-8-sig")
-            del self.received[_ERROR_LIMIT:]  # 50 MB are in memory twice, not three times
-            data = _loads(text)
-        except ValueError:
-            html = self.received.lstrip().startswith(b"<")
-            what = "HTML: a proxy answered, not LowRouter" if html else "no JSON"
-            raise BadResponseError(f"sent {what}") from None
-        self.received.clear()
-        if "generation_id" not in _as(dict, data) and _as(dict, data).get("error"):
-            raise _refusal(BadResponseError, "failed", data)
-        return data
-
-
-class _Transport:
-    """Sends calls over kept wires, last in first out, and tries again where that is safe.
+class _Pool:
+    """The connections to one gateway that are kept, last in first out.
 
     With TLS a new wire costs three round trips and 30 ms of CPU, a kept one a single round trip.
     `list.append` and `list.pop` need no lock. A wire belongs to the process that made it: a forked
     child finds its copies not fresh and closes them, which its parent does not notice.
     """
 
-    def __init__(self, gateway: _Gateway, max_retries: int) -> None:
-        self.gateway, self.max_retries = gateway, max_retries
-        self.locks: dict[int, Any] = {}
-        self.idle: list[_Wire] = []
-        self.closed = False
+    def __init__(self, gateway: _Gateway) -> None:
+        self.gateway, self.closed = gateway, False
+        self.idle: list[tuple[_Wire, float, float]] = []  # since when, by both clocks
         self.contexts: dict[int, ssl.SSLContext] = {}
+        self.locks: dict[int, Any] = {}
 
     def close(self) -> None:
-        """Hang up what is idle; what is in use follows when it is given back."""
+        """Hang up what is idle, and from now on what is given back."""
         self.closed = True
-        while self.idle:
-            self.idle.pop().hang_up()
+        self.tidy()
 
-    def give_back(self, wire: _Wire, usable: bool) -> None:
-        wire.idle_since = (time.monotonic(), time.time())
-        if self.closed or not usable:
-            wire.hang_up()
-        else:
-            self.idle.append(wire)
+    def tidy(self) -> None:
+        """Hang up what rests for too long: the last one in is used first, so the first may."""
         with contextlib.suppress(IndexError):
-            # the last ones in are used, so that the first ones may rest for ever
-            while self.idle[0].stale():
-                self.idle.pop(0).hang_up()
+            while self.closed or _idle_seconds(*self.idle[0][1:]) > _IDLE_SECONDS:
+                self.idle.pop(0)[0].socket.close()
+
+    def keep(self, wire: _Wire) -> None:
+        self.idle.append((wire, time.monotonic(), time.time()))
+        self.tidy()
 
     def kept(self) -> _Wire | None:
         with contextlib.suppress(IndexError):  # not asked for before: another thread may be quicker
             while True:
-                wire = self.idle.pop()
-                if wire.fresh():
+                wire, *since = self.idle.pop()
+                if _idle_seconds(*since) < _IDLE_SECONDS and wire.fresh():
                     return wire
-                wire.hang_up()
+                wire.socket.close()
         return None
 
     def tls(self) -> ssl.SSLContext:
@@ -890,62 +708,219 @@ class _Transport:
         pid = os.getpid()
         with self.locks.setdefault(pid, Lock()):
             if pid not in self.contexts:
-                self.contexts[pid] = _trusting(self.gateway.ca)
+                self.contexts[pid] = _trusting(self.gateway)
             return self.contexts[pid]
 
-    def connect(self, call: _Call) -> _Wire:
+    def connect(self, clock: _Clock) -> _Wire:
         """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
-        gateway, clock = self.gateway, call.clock
+        gateway = self.gateway
+        clock.enter("connect")
+        clock.left()
         context = self.tls() if gateway.tls else None
-        wire = call.wire = _Wire(_dial(gateway, clock), clock)
-        if context and gateway.proxy:
-            wire.ask("CONNECT", gateway.target, {"Host": gateway.target, **gateway.proxy[2]})
+        wire = _Wire(_dial(gateway, clock), clock)
+        if not context:
+            return wire
+        if gateway.proxy:
+            headers = {"Host": gateway.target, **gateway.proxy[2]}
+            wire.socket.send(_head("CONNECT", gateway.target, headers))
             status = wire.answer("HEAD").status  # whose head is all there is, too
-            if status in (401, 407):
-                remedy = "put user and password into HTTPS_PROXY"
-                raise APIConnectionError(f"was refused by the proxy ({status}): {remedy}")
             if not 200 <= status < 300:
-                raise OSError(f"the proxy answered CONNECT with {status}")
-        if context:
-            wire.source.arm()
-            sock = context.wrap_socket(wire.source.sock, server_hostname=gateway.host)
-            wire = _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
-        return wire
+                remedy = "for 401 and 407 put user and password into HTTPS_PROXY"
+                what = f"was refused by the proxy ({status}; {remedy})"
+                raise APIConnectionError(what, retryable=status not in (401, 407))
+        wire.socket.arm()
+        sock = context.wrap_socket(wire.socket.sock, server_hostname=gateway.host)
+        return _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
 
-    def open(self, call: _Call) -> _Call:
+
+# ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
+
+_FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
+_LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
+
+
+class _Call:
+    """One request and its answer; it owns its wire, and gives it back at the end of the body."""
+
+    wire: _Wire | None = None  # as long as the call owns it
+    streams = sent = abandoned = False
+    max_retries = 0
+
+    def __init__(
+        self, pool: _Pool, clock: _Clock, key: str, method: str, path: str, data: bytes, more: Any
+    ) -> None:
+        self.pool, self.clock, self.key, self.method = pool, clock, key, method
+        gateway = self.gateway = pool.gateway
+        headers = {**_our_headers(gateway.netloc, key, method, data), **more}
+        if gateway.proxy and not gateway.tls:
+            headers.update(gateway.proxy[2])
+        self.request = memoryview(_head(method, gateway.prefix + path, headers) + data)
+        self.received = bytearray()  # of a body that is read as a whole
+        self.pins: Json = {}
+
+    def shown(self) -> str:
+        """What an error carries of a body."""
+        return self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace")
+
+    def translated(self, cause: Exception) -> LowRouterError:
+        """Our error for a foreign one, by the phase in which it was raised."""
+        phase = self.clock.phase
+        again = self.method == "GET" or phase == "connect"
+        billed = "; the call may have been billed, so it is not sent again"
+        billed = billed if self.sent and not again else ""
+        if isinstance(cause, (socket.timeout, TimeoutError)):
+            phase = "deadline" if self.clock.end <= self.clock.until else phase
+            reason = f"took too long (time-out: {phase}){billed}"
+            return APITimeoutError(reason, phase=phase, retryable=again)
+        reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}{billed}"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
+            hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
+            return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
+        if phase != "idle":
+            return APIConnectionError(reason, retryable=again)
+        kind = StreamError if self.streams else BadResponseError
+        return kind(reason, retryable=again)
+
+    def failure(self, cause: Exception, come: Completion | None = None) -> LowRouterError:
+        """Our error for whatever was raised: short, with what has come, and without the key."""
+        error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
+        answer = Completion(_without(self.key, come or error.completion or {}))
+        if self.clock.phase == "idle":  # else no answer has begun
+            answer.headers = _without(self.key, self.response.headers)
+        told = {"body": self.shown() or None, "generation_id": answer.generation_id, **vars(error)}
+        vars(error).update(_without(self.key, told), completion=answer or None)
+        what = str(error)
+        what = what if what.startswith(self.gateway.name) else f"{self.gateway.name} {what}"
+        line = "".join(c if c.isprintable() else " " for c in _without(self.key, what))
+        error.args = (line[:_MESSAGE_LIMIT],)
+        error.__context__ = error.__traceback__ = None  # they hold our frames, these the client
+        return error
+
+    def exchange(self, wire: _Wire) -> None:
+        """Send the request and read the head of the answer."""
+        self.wire, self.sent, wire.socket.clock = wire, False, self.clock
+        self.clock.enter("response")
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            # who closes before it has read all may have said why, 413 say: the answer decides
+            for start in range(0, len(self.request), _SEND_BLOCK):
+                wire.socket.send(self.request[start : start + _SEND_BLOCK])
+                self.clock.enter("response")  # a block ends a wait
+            self.sent = True
+        self.response = wire.answer(self.method)
+        wire.socket.may_end = self.response.length is None and not self.response.chunked
+        self.clock.enter("idle")
+
+    def open(self) -> None:
         """Send over a kept wire; that may have died: then a new one is taken, once."""
-        call.clock.enter("connect")
-        call.clock.left()
-        call.give_back, wire = self.give_back, self.kept()
+        wire = self.pool.kept()
         if wire:
             try:
-                return call.exchange(wire)
+                return self.exchange(wire)
             except (ConnectionError, ssl.SSLError):
-                call.close()
-                if call.sent and not call.idempotent:
+                wire.socket.close()
+                if self.sent and self.method != "GET":
                     raise
-        call.clock.enter("connect")
-        return call.exchange(self.connect(call))
+        return self.exchange(self.pool.connect(self.clock))
 
-    def send(self, call: _Call, take: Callable[[_Call], T]) -> T:
+    def check(self) -> None:
+        """Raise unless the gateway said yes, in the framing and the coding that we understand."""
+        response, status, headers = self.response, self.response.status, self.response.headers
+        if status >= 400:
+            self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
+            error = _status_error(response, self.shown())
+            if self.pins and isinstance(error, NoProviderError):
+                error.pinned, error.retryable = True, False
+            raise error
+        if not 200 <= status < 300:
+            target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
+            host = target[1].rpartition("@")[2] if target else "another path"
+            reason = "the key is sent to the gateway only: check the base URL"
+            raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
+        if "Transfer-Encoding" in headers and not response.chunked:
+            raise BadResponseError("sent a body whose end is not clear: a proxy may have done it")
+        if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+            raise BadResponseError("sent an encoded answer: a proxy may have done it")
+
+    def read(self) -> bytes:
+        """Return bytes as soon as there are some, and b"" at the true end of the body."""
+        block = self.response.read1(_BLOCK)  # read(n) would wait for n bytes
+        if self.response.chunked and (self.response.chunk_left or 0) < 0:
+            raise http.client.IncompleteRead(b"")  # for http.client -5 is the size of a chunk
+        wire = self.wire
+        if not block and wire:
+            self.wire = None  # before the look at `abandoned`
+            if self.response.will_close or self.abandoned or not self.sent:
+                wire.socket.close()
+            else:
+                self.pool.keep(wire)
+        return block
+
+    def close(self) -> None:
+        """Hang up, unless the wire was given back."""
+        wire = self.wire  # once, since another thread may just give it back
+        if wire:
+            wire.socket.close()
+
+    def abandon(self) -> None:
+        """End the wait of another thread for this answer, which closing would not."""
+        self.abandoned = True  # before the wire is looked at: from now on it is not given back
+        wire = self.wire
+        if wire and wire.socket.pid == os.getpid():  # the answer may be that of a parent process
+            with contextlib.suppress(OSError):
+                # not that of SSLSocket, which takes TLS away from the thread that is reading
+                socket.socket.shutdown(wire.socket.sock, socket.SHUT_RDWR)
+
+    def fill(self, limit: int) -> None:
+        """Read the body to its end; any byte ends a silence."""
+        for block in iter(self.read, b""):
+            self.clock.enter("idle")
+            self.received += block
+            if len(self.received) > limit:
+                raise BadResponseError(f"sent more than {limit >> 10} KiB")
+
+    def within(self, seconds: float, read: Callable[[], Any]) -> None:
+        """Read what is no news any more, for some seconds."""
+        end, self.clock.end = self.clock.end, min(self.clock.end, time.monotonic() + seconds)
+        with contextlib.suppress(*_FOREIGN):
+            read()
+        self.clock.end = end
+
+    def json(self) -> Any:
+        """The body as JSON; None where there is none (204)."""
+        self.fill(_ANSWER_LIMIT)
+        if not self.received and (self.response.chunked or self.response.length == 0):
+            return None
+        try:
+            text = self.received.decode("utf-8-sig")
+            del self.received[_ERROR_LIMIT:]  # 50 MB are in memory twice, not three times
+            data = _loads(text)
+        except ValueError:
+            html = self.received.lstrip().startswith(b"<")
+            what = "HTML: a proxy answered, not LowRouter" if html else "no JSON"
+            raise BadResponseError(f"sent {what}") from None
+        if "generation_id" not in _as(dict, data) and _as(dict, data).get("error"):
+            raise _refusal(BadResponseError, "failed", data)
+        return data
+
+    def send(self, take: Callable[[_Call], T]) -> T:
         """Send the call until it is answered, and return what `take` makes of it."""
-        (pause, longest), tries_left = _BACKOFF, self.max_retries
-        while True:
+        pause, longest = _BACKOFF
+        for tries_left in range(self.max_retries, -1, -1):
             try:
-                call.received.clear()
-                self.open(call).check()
-                return take(call)
+                self.received.clear()
+                self.open()
+                self.check()
+                return take(self)
             except _FOREIGN as cause:
-                call.close()
-                error = call.failure(cause)
-            told = getattr(error, "retry_after", None)
+                self.close()
+                errors = [self.failure(cause)]
+            told = errors[0].retry_after
             wait = pause * random.uniform(0.75, 1) if told is None else told
-            if not tries_left or not error.retryable or not call.clock.pause(wait):
-                try:
-                    raise error
-                finally:
-                    del error  # else it and its traceback would hold each other, and the client
-            tries_left, pause = tries_left - 1, min(pause * 2, longest)
+            if not tries_left or not errors[0].retryable or not self.clock.pause(wait):
+                break
+            pause = min(pause * 2, longest)
+        raise errors.pop()  # a name would hold it, it its traceback, that the name
 
 
 # ---- server-sent events: blocks -> texts -> events; WHATWG's rules, knowing neither JSON nor us --
@@ -1298,7 +1273,7 @@ class Client:
         _Clock(timeout, deadline)  # which checks both
         directory = cache_dir or os.environ.get("LOWROUTER_CACHE_DIR")
         self._cache = _ModelCache(directory, self._gateway.url)
-        self._transport = _Transport(self._gateway, max_retries)
+        self._pool, self._max_retries = _Pool(self._gateway), max_retries
 
     def __repr__(self) -> str:
         key = "..." + (self._key.value[-4:] if len(self._key.value) > 8 else "")
@@ -1315,14 +1290,14 @@ class Client:
 
     def close(self) -> None:
         """Hang up the kept connections; streams that are under way go on."""
-        self._transport.close()
+        self._pool.close()
 
     def _call(self, method: str, path: str, body: Any = None, options: Json | None = None) -> _Call:
         given = {name: value for name, value in (options or {}).items() if value is not None}
         clock = _Clock(given.get("timeout", self._timeout), given.get("deadline", self._deadline))
-        call = _Call(self._gateway, clock, self._key.current(), method, path, body)
-        call.head.update(self._headers)
-        call.pins = _pins(_as(dict, body), self._headers)
+        key, data = self._key.current(), b"" if body is None else _json_bytes(body)
+        call = _Call(self._pool, clock, key, method, path, data, self._headers)
+        call.pins, call.max_retries = _pins(_as(dict, body), self._headers), self._max_retries
         return call
 
     def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
@@ -1336,7 +1311,7 @@ class Client:
         are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
         """
         call = self._chat_call(messages, False, options)
-        data = self._transport.send(call, _Call.json)
+        data = call.send(_Call.json)
         completion = _checked(call, data)
         if not isinstance(completion.get("choices"), list):
             raise call.failure(BadResponseError("sent no chat completion", body=data))
@@ -1347,7 +1322,7 @@ class Client:
 
     def stream(self, /, messages: str | list[Json], **options: Any) -> Stream:
         """Ask as `chat()` does, raising a refusal, and return the chunks as they come."""
-        return self._transport.send(self._chat_call(messages, True, options), Stream)
+        return self._chat_call(messages, True, options).send(Stream)
 
     def curl(self, /, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
@@ -1362,7 +1337,7 @@ class Client:
         safe = "/?%:@!$&'()*+,;=~"  # what stands in a path and its query as it is
         path = "/" + urllib.parse.quote(path.lstrip("/"), safe=safe, errors="surrogatepass")
         call = self._call(method.upper(), path, body)
-        data = self._transport.send(call, _Call.json)
+        data = call.send(_Call.json)
         _checked(call, data)  # if it names its route, that is the pinned one
         return data
 
@@ -1377,7 +1352,7 @@ class Client:
             return kept
         call = self._call("GET", "/models")  # [seed]
         try:
-            data = self._transport.send(call, _Call.json)
+            data = call.send(_Call.json)
         except APIConnectionError as error:
             if not kept:
                 raise
@@ -1401,7 +1376,7 @@ class Client:
         end = time.monotonic() + _seconds("wait", wait)
         while True:
             try:
-                record = _as(dict, self._transport.send(call, _Call.json))
+                record = _as(dict, call.send(_Call.json))
                 break
             except NotFoundError:
                 left = end - time.monotonic()

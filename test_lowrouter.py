@@ -3615,15 +3615,18 @@ class TestConnections(Timed):
             client = lowrouter.Client(sys.argv[2], base_url=sys.argv[3])
             stream = client.stream("Hello")
             first = next(stream).text
-            child = os.fork()
-            if not child:
-                try:
-                    next(stream)
-                except lowrouter.LowRouterError:
+            right = True
+            for reads in (True, False):
+                child = os.fork()
+                if not child:
+                    try:
+                        if reads:
+                            next(stream)
+                    except lowrouter.LowRouterError:
+                        reads = False
                     stream.close()
-                    os._exit(0)
-                os._exit(1)
-            right = os.waitpid(child, 0)[1] == 0
+                    os._exit(1 if reads else 0)
+                right &= os.waitpid(child, 0)[1] == 0
             print("child is done", flush=True)
             right &= first + "".join(chunk.text for chunk in stream) == "whole"
             client.close()
@@ -4318,6 +4321,18 @@ class TestTruncation(Clean):
         self.stub.play(start + sized)
         self.assertEqual(self.client().request("GET", "/providers"), {"data": []})
 
+    def test_an_empty_answer_whose_end_nothing_tells_is_a_cut_one(self):
+        self.stub.play(head("200 OK"), CUT)
+        with self.assertRaises(lowrouter.BadResponseError):
+            self.client().request("POST", "/x")
+
+    def test_a_coding_that_hides_the_chunks_is_refused(self):
+        events = chunked(sse(delta("whole"), delta(finish="stop")))
+        for coding in ("gzip, chunked", "chunked "):
+            self.stub.play(STREAM_HEAD.replace(b" chunked", b" " + coding.encode()) + events, CUT)
+            with self.assertRaises(lowrouter.BadResponseError):
+                self.client(max_retries=0).stream("Hello")
+
     def test_a_whole_answer_in_odd_framing_is_that_answer_or_an_error(self):
         body = json.dumps(whole_answer()).encode()
         length = f"Content-Length: {len(body)}"
@@ -4654,12 +4669,6 @@ class TestKey(Timed):
             with self.assertRaises(lowrouter.StreamError) as caught:
                 self.client(max_retries=0).stream("Hello").result()
             self.assert_key_is_hidden(all_that_shows(caught.exception))
-
-    def test_a_key_that_is_a_part_of_the_host_leaves_one_host_in_a_message(self):
-        self.stub.play(http("no JSON"))
-        with self.assertRaises(lowrouter.BadResponseError) as caught:
-            self.client(api_key="127.").chat("Hello")
-        self.assertEqual(str(caught.exception).count(f":{self.stub.port}"), 1)
 
     def test_a_key_that_is_a_word_of_an_answer_does_not_change_the_answer(self):
         for key in ("test", "west", "chunked", "event-stream", "application"):
