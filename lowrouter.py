@@ -43,7 +43,7 @@ import warnings
 
 TYPE_CHECKING = False  # true for type checkers, so that `typing` itself is never imported
 if TYPE_CHECKING:
-    from typing import Any, Callable, Generator, Iterable, Iterator, TypeVar
+    from typing import Any, Callable, Generator, Iterable, Iterator, NoReturn, TypeVar
 
     Json = dict[str, Any]  # an object
     T = TypeVar("T")
@@ -1438,43 +1438,21 @@ def generation(generation_id: str, wait: float = 0.0) -> Json:
 
 # ---- command line: calls public names only; the only room that prints ----------------------------
 
-_HELP = """\
-chat [PROMPT]: stream an answer; a pipe is the prompt, or goes below it
-  -m MODEL  -s TEXT    the model [lowrouter/auto]; a system message
-  --region R  --provider P   an answer from there, or none
-  -p KEY=JSON          a field of the body; bare words are strings
-  --body FILE or -     a whole request, which the other options override
-  --no-stream  --curl   wait for all of it; print the curl command instead
-  -v                   route, tokens and eco numbers on stderr, as on a terminal
-    lowrouter chat "In one sentence, what is a vector database?"
-    git diff | lowrouter chat --region eu-west -p temperature=0 "Review this."
-models [FILTER]: list the models, or those with a word in their row
-  --refresh            ask again, even if the list is less than an hour old
-    lowrouter models eu-west
-    lowrouter models --json | jq -r '.[].id'
-generation ID: show the record of an answer: route, tokens, cost, eco
-  --wait SECONDS       for a record that is not written yet
-    lowrouter generation gen_01J9
-    lowrouter generation --wait 10 --json "$id"
-batch IN OUT: send the requests in IN; again, to go on or to retry what failed
-  --workers N          requests at once [8]; a kill makes at most N go twice
-  --shard I/N          line I of every N lines, for CI matrices and array jobs
-  -q                   no progress on stderr
-    lowrouter batch in.jsonl out.jsonl --workers 16
-    lowrouter batch in.jsonl "out-$I.jsonl" --shard "$I/4"
-get PATH: get any other path below the base URL
-    lowrouter get /providers
-    lowrouter get /credits
-with any command: --help says what it does, --version is that of lowrouter
-  --json               JSON on stdout (batch: in OUT), errors as JSON on stderr
-  --timeout SECONDS    for connecting, for the answer, for a silence in it [600]
-  --deadline SECONDS   for a whole call
-  --allow-http         plain http also to other machines
-"""
+_EXAMPLES = """\
+  lowrouter chat "In one sentence, what is a vector database?"
+  git diff | lowrouter chat --region eu-west -p temperature=0 "Review this."
+  lowrouter models eu-west
+  lowrouter models --json | jq -r '.[].id'
+  lowrouter generation gen_01J9
+  lowrouter generation --wait 10 --json "$id"
+  lowrouter batch in.jsonl out.jsonl --workers 16
+  lowrouter batch in.jsonl "out-$I.jsonl" --shard "$I/4"
+  lowrouter get /providers
+  lowrouter get /credits
+""".splitlines()
 _CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # characters that a terminal obeys
 _UNITS = {"energy_wh": "Wh", "carbon_g": "gCO2e", "latency_ms": "ms", "cost_credits": "credits"}
-_TABLE = {"ID": "^id$", "CONTEXT": "context", "ECO": "^eco|band", "PRICE": "pric|cost"}
-_TABLE.update({"REGIONS": "region", "CAPABILITIES": "capabilit|_use$|vision|_output$"})
+_COLUMNS = "context|pric|cost|region|capabilit|vision|_use$|_output$|^eco|band"  # of the models
 _CELL = 12  # characters that a cell keeps on a narrow terminal: of most names enough to tell
 _TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
 _DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
@@ -1486,26 +1464,21 @@ _NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whol
 _PATIENCE = 5.0  # seconds that Ctrl-C leaves to what is under way: who waits longer presses again
 
 
-def _put(text: str, stream: Any) -> None:
+def _put(text: str, stream: Any = None) -> None:
     """Write at once; what a terminal shows must not steer it."""
+    stream = stream or sys.stdout
     if stream.isatty():
-        text = re.sub(_CONTROL, lambda match: repr(match[0])[1:-1], text)
+        text = re.sub(_CONTROL, lambda match: match[0].encode("unicode_escape").decode(), text)
     try:
         stream.write(text)
         stream.flush()
     except OSError:
-        if stream is not sys.stderr:
+        if stream is not sys.stderr:  # what is told beside the answer may get lost
             raise
-        sys.stderr = io.StringIO()  # nobody reads it; else the interpreter tries again at its end
-        with contextlib.suppress(OSError):
-            stream.close()
 
 
-def _number(options: Json, name: str, default: float) -> float:
-    try:
-        return float(options.get(name, default))
-    except ValueError:
-        raise ConfigError(f"--{name} takes a number, not {options[name]!r}") from None
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -1517,13 +1490,115 @@ def _parsed(text: str | bytes) -> Any:
 
 
 def _cell(value: Any) -> str:
-    """Any JSON in one line; of what is true the name is enough, what is false is left out."""
+    """Any JSON in one line, without its quotes and brackets."""
     if isinstance(value, dict):
-        parts = [k if v is True else f"{k} {_cell(v)}" for k, v in value.items() if v is not False]
-        return ", ".join(parts)
+        return ", ".join(f"{name} {_cell(each)}" for name, each in value.items())
     if isinstance(value, list):
         return " ".join(map(_cell, value))
-    return "not given" if value is None else " ".join(str(value).split())
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "not given" if value is None else " ".join(text.split())
+
+
+def _exit_status(error: BaseException) -> int:
+    status, partial = getattr(error, "status", None), getattr(error, "completion", None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None) is not None:
+        return 2  # also a file that cannot be opened
+    if isinstance(error, RouteMismatchError) or getattr(error, "pinned", False):
+        return 6
+    if status:
+        request = 3 if status in (401, 403) else 4
+        return 5 if status >= 500 or status in (408, 409, 429) else request
+    if partial and partial.text:
+        return 8
+    return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
+
+
+def _request(args: Any) -> Json:
+    """The body of --body, overridden by -p, and both by the options that have a name."""
+    body: Any = {}
+    if args.body == "-":
+        body = _parsed(getattr(sys.stdin, "buffer", sys.stdin).read())
+    elif args.body is not None:
+        with open(args.body, "rb") as file:
+            body = _parsed(file.read())
+    fields = [field.partition("=") for field in args.p]
+    if not isinstance(body, dict) or not all(equals for _, equals, _ in fields):
+        raise ConfigError("--body takes a file with a JSON object, -p takes KEY=JSON")
+    body.update({name: _parsed(value) for name, _, value in fields})
+    prompts = [] if args.prompt == "-" else [args.prompt]
+    if args.prompt == "-" or not sys.stdin.isatty():
+        prompts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
+    if any(prompts):
+        body["messages"] = [{"role": "user", "content": "\n\n".join(filter(None, prompts))}]
+    if not body.get("messages"):
+        raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
+    if args.s:
+        body["messages"] = [{"role": "system", "content": args.s}, *body["messages"]]
+    pins = {"region": args.region, "provider": args.provider}
+    pins = {name: pin for name, pin in pins.items() if pin is not None}
+    if "" in (args.m, *pins.values()):
+        raise ConfigError("-m, --region and --provider take a name: is a variable empty?")
+    if pins:
+        body["route"] = {**(body.get("route") or {}), **pins}
+    return {**body, "model": args.m or body.get("model")}
+
+
+def _chat(client: Client, args: Any) -> None:
+    """Print the text as it comes, also what came before an error, and then what it took."""
+    body, shown, failure = _request(args), 0, None
+    streams = body.pop("stream", None) is not False and not args.no_stream
+    if args.curl:
+        _put(client.curl(stream=streams, **body) + "\n")
+        return
+    try:
+        answer: Any = client.stream(**body) if streams else client.chat(**body)
+        for chunk in answer if streams and not args.json else ():
+            _put(chunk.text)
+            shown += len(chunk.text)
+        answer = answer.result() if streams else answer
+    except LowRouterError as error:
+        if _exit_status(error) != 8:
+            raise
+        answer, failure = error.completion, error
+    _put(_dumped(answer) if args.json else answer.text[shown:])
+    _put("\n" if sys.stdout.isatty() else "")
+    if failure:
+        raise failure
+    if args.v or sys.stderr.isatty():
+        told = {n: getattr(answer, n) for n in ("generation_id", "model", "provider", "region")}
+        usage, eco = answer.usage or {}, answer.eco or {}
+        told.update({"tokens": usage.get("total_tokens"), "Wh": eco.get("energy_wh")})
+        told.update({"gCO2e": eco.get("carbon_g"), "accuracy": eco.get("accuracy")})
+        _put(_cell(told) + "\n", sys.stderr)
+
+
+def _table(models: list[Json], word: str) -> Iterator[str]:
+    """The models with `word` in their row, as wide as the terminal: the widest columns give way."""
+    from shutil import get_terminal_size
+
+    names = [name for model in models for name in model if re.search(_COLUMNS, name)]
+    names = ["id", *dict.fromkeys(names)]
+    rows = sorted([_cell(model.get(name, "")) for name in names] for model in models)
+    rows = [row for row in rows if word.lower() in " ".join(row).lower()]
+    rows.insert(0, [name.upper() for name in names])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    width = get_terminal_size((10000, 24)).columns  # into a pipe nothing is cut
+    while sum(widths) + 2 * len(widths) > width and max(widths[1:], default=0) > _CELL:
+        widths[widths.index(max(widths[1:]), 1)] -= 1  # not of an id, which is there to be copied
+    for row in rows:
+        cells = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(row, widths)]
+        line = "  ".join(cell.ljust(w) for cell, w in zip(cells, widths))
+        yield line[: max(width, widths[0])].rstrip() + "\n"
+
+
+def _models(client: Client, args: Any) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        models = client.models(args.refresh)
+    _put("".join(f"lowrouter: {each.message}\n" for each in caught), sys.stderr)
+    _put(_dumped(models) if args.json else "".join(_table(models, args.filter)))
 
 
 def _tree(value: Any, indent: str = "") -> Iterator[str]:
@@ -1536,120 +1611,14 @@ def _tree(value: Any, indent: str = "") -> Iterator[str]:
             yield f"{indent + name:<24} {_cell(each)} {_UNITS.get(name, '')}".rstrip() + "\n"
 
 
-def _table(models: list[Json], word: str) -> Iterator[str]:
-    """The models with `word` in their row, as wide as the terminal: the widest columns give way."""
-    from shutil import get_terminal_size
-
-    rows = []
-    for model in models:
-        eco = model.get("eco")
-        told = {**model, "eco": eco.get("accuracy", eco) if isinstance(eco, dict) else eco}
-        told = {name: each for name, each in told.items() if each is not None}
-        found = [{n: told[n] for n in told if re.search(keys, n)} for keys in _TABLE.values()]
-        rows.append([_cell(each if len(each) > 1 else list(each.values())) for each in found])
-    rows = [list(_TABLE), *sorted(row for row in rows if word.lower() in " ".join(row).lower())]
-    columns = [column for column in zip(*rows) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    width = get_terminal_size((10000, 24)).columns or 80  # into a pipe nothing is cut
-    while sum(widths) + 2 * len(widths) > width and max(widths[1:], default=0) > _CELL:
-        widths[widths.index(max(widths[1:]), 1)] -= 1  # not of an id, which is there to be copied
-    for row in zip(*columns):
-        cells = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(row, widths)]
-        line = "  ".join(cell.ljust(w) for cell, w in zip(cells, widths))
-        yield line[: max(width, widths[0])].rstrip() + "\n"
+def _generation(client: Client, args: Any) -> None:
+    record = client.generation(args.id, args.wait)
+    shown = {**record, "eco": record.get("eco")}
+    _put(_dumped(record) if args.json else "".join(_tree(shown)))
 
 
-def _exit_status(error: BaseException) -> int:
-    status, part = getattr(error, "status", None), getattr(error, "completion", None)
-    if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None):
-        return 2  # also a file that cannot be opened
-    if isinstance(error, RouteMismatchError) or getattr(error, "pinned", False):
-        return 6
-    if status:
-        soon = 5 if status >= 500 or status in (408, 409, 429) else 4
-        return 3 if status in (401, 403) else soon
-    if part and part.text:
-        return 8
-    return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
-
-
-def _chat_request(options: Json, words: list[str]) -> Json:
-    """The body of --body, overridden by -p, and both by the options that have a name."""
-    body: Any = {}
-    if options.get("body"):
-        if options["body"] in ("-", "/dev/stdin"):
-            body = _parsed(getattr(sys.stdin, "buffer", sys.stdin).read())
-        else:
-            with open(options["body"], "rb") as file:
-                body = _parsed(file.read())
-    fields = [field.partition("=") for field in options["p"]]
-    if not isinstance(body, dict) or not all(name and equals for name, equals, _ in fields):
-        raise ConfigError("--body takes a file with a JSON object, -p takes KEY=JSON")
-    body.update({name: _parsed(value) for name, _, value in fields})
-    texts = [word for word in words if word != "-"]
-    if "-" in words or not sys.stdin.isatty():
-        texts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
-    prompt = "\n\n".join(filter(None, texts))
-    messages = [{"role": "user", "content": prompt}] if prompt else body.get("messages")
-    if not messages or not isinstance(messages, list):
-        raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
-    if not isinstance(body.get("route") or {}, dict):
-        raise ConfigError('route must be a JSON object such as {"region": "eu-west"}')
-    system = [{"role": "system", "content": options["s"]}] if options.get("s") else []
-    pins = {name: options[name] for name in ("region", "provider") if options.get(name)}
-    model, route = options.get("m") or body.get("model"), {**(body.get("route") or {}), **pins}
-    return {**body, "model": model, "messages": [*system, *messages], "route": route or None}
-
-
-def _chat(client: Client, options: Json, body: Json) -> None:
-    """Print the text as it comes, also what came before an error, and then what it took."""
-    fields = {name: each for name, each in body.items() if name not in ("messages", "stream")}
-    streams = body.get("stream") is not False and "no-stream" not in options
-    if "curl" in options:
-        _put(client.curl(body["messages"], streams, **fields) + "\n", sys.stdout)
-        return
-    failure, shown = None, 0
-    try:
-        answer: Any = (client.stream if streams else client.chat)(body["messages"], **fields)
-        for chunk in answer if streams and "json" not in options else ():
-            _put(chunk.text, sys.stdout)
-            shown += len(chunk.text)
-        answer = answer.result() if streams else answer
-    except LowRouterError as error:
-        failure = error
-        answer = None if isinstance(error, RouteMismatchError) else error.completion
-    if answer and "json" in options:
-        _put(json.dumps(answer, ensure_ascii=False, indent=2) + "\n", sys.stdout)
-    elif answer:
-        newline = sys.stdout.isatty() and answer.text[-1:] != "\n"
-        _put(answer.text[shown:] + "\n" * newline, sys.stdout)
-    if failure:
-        raise failure
-    if "v" in options or sys.stderr.isatty():
-        usage, eco = answer.usage or {}, answer.eco or {}
-        told = {n: getattr(answer, n) for n in ("generation_id", "model", "provider", "region")}
-        told.update({"tokens": usage.get("total_tokens"), "Wh": eco.get("energy_wh")})
-        told.update({"gCO2e": eco.get("carbon_g"), "accuracy": eco.get("accuracy")})
-        _put(_cell(told) + "\n", sys.stderr)
-
-
-def _look(client: Client, command: str, options: Json, words: list[str]) -> None:
-    """What models, generation and get have in common: something is fetched and shown."""
-    shown: Iterable[str] = ()
-    if command == "models":
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found: Any = client.models("refresh" in options)
-        _put("".join(f"lowrouter: {each.message}\n" for each in caught), sys.stderr)
-        shown = _table(found, "".join(words))
-    elif command == "generation":
-        found = client.generation(words[0], _number(options, "wait", 0))
-        shown = _tree({**found, "eco": found.get("eco")})
-    else:
-        found = client.request("GET", words[0])
-    if "json" in options or command == "get":
-        shown = [json.dumps(found, ensure_ascii=False, indent=2) + "\n"]
-    _put("".join(shown), sys.stdout)
+def _get(client: Client, args: Any) -> None:
+    _put(_dumped(client.request("GET", args.path)))
 
 
 def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, Json]]:
@@ -1794,18 +1763,19 @@ class _Batch:
         except KeyboardInterrupt:
             self.stop.set()
             self.write(wait(under_way, _PATIENCE).done)
-            raise
+            raise KeyboardInterrupt(
+                "interrupted; the same command goes on with the batch"
+            ) from None
 
 
-def _batch(client: Client, options: Json, words: list[str]) -> int:
+def _batch(client: Client, args: Any) -> int:
     """Send what is not done yet; 9 when lines have failed."""
-    shard = re.fullmatch("([0-9]+)/([0-9]+)", options.get("shard", "1/1"))
+    shard = re.fullmatch("([0-9]+)/([0-9]+)", args.shard)
     part, parts = map(int, shard.groups() if shard else (0, 0))
-    workers = _number(options, "workers", 8)
-    if not 0 < part <= parts or not 1 <= workers <= 1000:
+    if not 0 < part <= parts or not 1 <= args.workers <= 1000:
         raise ConfigError("--shard takes I/N with I from 1 to N, --workers a number up to 1000")
-    with open(words[0], "rb") as source, open(os.path.realpath(words[1]), "a+b") as out:
-        if not all(map(os.path.isfile, words)) or os.path.samefile(*words):
+    with open(args.source, "rb") as source, open(os.path.realpath(args.out), "a+b") as out:
+        if not os.path.isfile(out.name) or os.path.samefile(source.name, out.name):
             raise ConfigError("IN and OUT must be two regular files")
         try:
             os.lockf(out.fileno(), os.F_TLOCK, 0)  # two runs would pay twice and lose lines
@@ -1816,9 +1786,9 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
         done = {custom_id for _, custom_id, answer in _results(out) if answer is not None}
         todo = {i for n, i, _ in _jobs(source, client) if (n - part) % parts == 0 and i not in done}
         source.seek(0)
-        batch = _Batch(client, out, len(todo), "q" in options)
+        batch = _Batch(client, out, len(todo), args.q)
         try:
-            batch.run((job for job in _jobs(source, client) if job[1] in todo), int(workers))
+            batch.run((job for job in _jobs(source, client) if job[1] in todo), args.workers)
             client.close()  # its descriptors may be the last ones
             totals = _rewrite(out)
         except OSError as error:
@@ -1827,113 +1797,121 @@ def _batch(client: Client, options: Json, words: list[str]) -> int:
                 os.unlink(out.name + _DRAFT)
             with contextlib.suppress(OSError):
                 out.close()  # which fails again, and then had the last word
-            raise OSError(f"{words[1]} cannot be written ({error.strerror}); {_KEPT}") from None
+            raise OSError(f"{args.out} cannot be written ({error.strerror}); {_KEPT}") from None
     hint = f", {len(todo) - batch.done} not sent; first: {batch.problem}; the same command goes on"
     _put(totals + hint * bool(batch.failed) + "\n", sys.stderr)
     return 9 if batch.failed else 0
 
 
-def _readable(text: str) -> str:
-    """An argument as UTF-8, whatever the locale made of it."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _utf8(argument: str) -> str:
+    """An argument as UTF-8, whatever the locale made of it; names of files stay as they are."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _arguments(argv: list[str]) -> tuple[str, Json, list[str]]:
-    """Command, options and words, by what the help says of them."""
-    from getopt import GetoptError, gnu_getopt
+def _arguments(chat: Any, models: Any, generation: Any, batch: Any, get: Any) -> None:
+    """What each command takes."""
+    chat("prompt", nargs="?", default="", type=_utf8, help="a pipe goes below it, or in its place")
+    chat("-m", metavar="MODEL", type=_utf8, help="the model [lowrouter/auto]")
+    chat("-s", metavar="TEXT", type=_utf8, help="a system message")
+    chat("--region", metavar="R", type=_utf8, help="an answer from there, or none")
+    chat("--provider", metavar="P", type=_utf8, help="an answer from there, or none")
+    field = "a field of the body; bare words are strings"
+    chat("-p", metavar="KEY=JSON", type=_utf8, action="append", default=[], help=field)
+    chat("--body", metavar="FILE", help="a whole request, which other options override")
+    chat("--no-stream", action="store_true", help="wait for all of it")
+    chat("--curl", action="store_true", help="print the curl command instead")
+    chat("-v", action="store_true", help="route, tokens and eco numbers on stderr")
+    models("filter", nargs="?", default="", type=_utf8, help="only those with this in their row")
+    models("--refresh", action="store_true", help="ask again, even if the list is young")
+    generation("id", type=_utf8, help="route, tokens, cost and eco numbers of this answer")
+    generation("--wait", type=float, default=0.0, metavar="S", help="seconds, for one to come")
+    batch("source", metavar="IN", help="one request a line: {custom_id, body} or a body")
+    batch("out", metavar="OUT", help="the same command goes on, or retries what failed")
+    batch(
+        "--workers", type=int, default=8, metavar="N", help="[8]; a kill makes at most N go twice"
+    )
+    batch("--shard", default="1/1", metavar="I/N", help="line I of every N, for CI matrices")
+    batch("-q", action="store_true", help="no progress on stderr")
+    get("path", type=_utf8, help="such as /providers")
 
-    *commands, always = re.split(r"\n(?=\w)", _HELP)
-    texts = {text.split()[0]: text for text in commands}
-    command = argv[0] if argv and argv[0] in texts else ""
-    text = f"{texts[command]}\n{always}" if command else f"COMMAND ...: \n{_HELP}"
-    usage, _, rest = text.partition(": ")
-    flags = " ".join(re.findall(r"(?m)^  (-.*?)   ", text)) + " -h --help --version"
-    known = re.findall(r"(--?)([a-z-]+) ?([A-Z/=]*)", flags)
-    short = "".join(name + ":" * bool(value) for dash, name, value in known if dash == "-")
-    long = [name + "=" * bool(value) for dash, name, value in known if dash == "--"]
-    try:
-        pairs, words = gnu_getopt(argv[bool(command) :], short, long)
-    except GetoptError as error:
-        hint = "see --help, and put -- before a prompt that begins with a dash"
-        raise ConfigError(f"{error}; {hint}") from None
-    # names of files are left as they are
-    pairs = [(name, value if name == "--body" else _readable(value)) for name, value in pairs]
-    words = words if command == "batch" else [*map(_readable, words)]
-    needs = {dash + name for dash, name, value in known if value and name != "s"}
-    for name, value in pairs:
-        if name in needs and not value:  # an unset variable must not lift a pin or a shard
-            raise ConfigError(f"{name} has no value: is a variable empty?")
-    options: Json = {name.lstrip("-"): value for name, value in pairs}
-    options["p"] = [value for name, value in pairs if name == "-p"]
-    if options.keys() & {"h", "help"}:
-        return "", options, [f"usage: lowrouter {usage}\n{rest}"]
-    if "version" in options:
-        return "", options, [f"lowrouter {__version__} (Python {sys.version.split()[0]})\n"]
-    if not command or not 0 <= usage.count(" ") - len(words) <= usage.count("["):
-        raise ConfigError(f"usage: lowrouter {usage}; see --help")
-    return command, options, words
+
+def _parser() -> Any:
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            hint = "see --help, and put -- before a prompt that begins with a dash"
+            raise ConfigError(f"{message}; {hint}")
+
+    def command(run: Any, usage: str, what: str) -> Any:
+        name, usage = usage.split()[0], f"lowrouter {usage} [options]"
+        examples = "\n".join(line for line in _EXAMPLES if f"lowrouter {name} " in line)
+        parser = commands.add_parser(name, usage=usage, help=what, epilog=examples, **common)
+        parser.set_defaults(run=run)
+        return parser.add_argument
+
+    always = Parser(add_help=False)
+    common: Any = {"parents": [always], "allow_abbrev": False}
+    common["formatter_class"] = RawDescriptionHelpFormatter
+    add: Any = always.add_argument
+    silence = "seconds for connecting, the answer, a silence in it [600]"
+    add("--json", action="store_true", help="JSON on stdout, errors as JSON on stderr")
+    add("--timeout", type=float, default=_TIMEOUT, metavar="S", help=silence)
+    add("--deadline", type=float, metavar="S", help="seconds for a whole call")
+    add("--allow-http", action="store_true", help="plain http also to other machines")
+    parser = Parser("lowrouter", allow_abbrev=False)
+    version = f"lowrouter {__version__} (Python {sys.version.split()[0]})"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _arguments(
+        command(_chat, "chat [PROMPT]", "stream an answer"),
+        command(_models, "models [FILTER]", "list the models"),
+        command(_generation, "generation ID", "show the record of an answer"),
+        command(_batch, "batch IN OUT", "send the requests of a file"),
+        command(_get, "get PATH", "get any other path below the base URL"),
+    )
+    return parser
 
 
 def _run(argv: list[str]) -> int:
-    command, options, words = _arguments(argv)
-    if not command:
-        _put(words[0], sys.stdout)
-        return 0
-    get, home = os.environ.get, os.environ.get("HOME") or "none"
-    folders = {"win32": get("LOCALAPPDATA") or "", "darwin": home + "/Library/Caches"}
-    folder = folders.get(sys.platform, get("XDG_CACHE_HOME") or home + "/.cache")
+    args = _parser().parse_args(argv)
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = os.path.join(folder, "lowrouter") if os.path.isabs(folder) else None
-    settings: Json = {"cache_dir": get("LOWROUTER_CACHE_DIR") or cache}
-    limits = [name for name in ("timeout", "deadline") if name in options]
-    settings.update({name: _number(options, name, 0) for name in limits})
-    settings["max_retries"] = 0 if command == "batch" else 2  # there all workers wait together
-    with Client(allow_http="allow-http" in options, **settings) as client:
-        if command == "batch":
-            return _batch(client, options, words)
-        if command == "chat":
-            _chat(client, options, _chat_request(options, words))
-        else:
-            _look(client, command, options, words)
-    return 0
+    cache = os.environ.get("LOWROUTER_CACHE_DIR") or cache
+    tries = 0 if args.run is _batch else 2  # of a batch all workers wait together
+    limits = {name: getattr(args, name) for name in ("timeout", "deadline", "allow_http")}
+    with Client(max_retries=tries, cache_dir=cache, **limits) as client:
+        return args.run(client, args) or 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, that of the program by default, and return the exit status."""
+    """Run a command and return its exit status; without `argv`, end the program with it."""
     import signal  # not amid a Ctrl-C
 
-    program, argv = argv in (None, sys.argv[1:]), sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
     for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or io.StringIO())  # it was closed
+        stream: Any = getattr(sys, name) or io.StringIO()  # it was closed
+        setattr(sys, name, stream)
         errors = "replace" if name == "stdin" else "backslashreplace"
         with contextlib.suppress(AttributeError, ValueError):  # a test's, or in use already
-            getattr(sys, name).reconfigure(encoding="utf-8", errors=errors, newline="\n")
+            stream.reconfigure(encoding="utf-8", errors=errors, newline="\n", line_buffering=True)
     try:
-        return _run(argv)
-    except BrokenPipeError:
-        return 0  # the reader has had enough
-    except KeyboardInterrupt:
-        if program:
+        status = _run(words)
+    except (BrokenPipeError, SystemExit):  # the reader has had enough; --help
+        status = 0
+    except (Exception, KeyboardInterrupt) as error:
+        if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        status, text = 130, "lowrouter: interrupted"
-        text += "; the same command goes on with the batch" * (argv[:1] == ["batch"])
-        text = "\n" * sys.stdout.isatty() + text
-    except Exception as error:  # one line, whatever it is
-        status, text = _exit_status(error), "lowrouter: " + " ".join(str(error).split())
-        text += type(error).__name__ * (not str(error))
-        if "--json" in argv:
-            names = ("status", "code", "generation_id", "request_id", "retry_after")
-            told = {name: getattr(error, name, None) for name in names}
-            told = {"type": type(error).__name__, "message": str(error), "exit": status, **told}
-            text = json.dumps({"error": told})
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            with contextlib.suppress(OSError):
-                sys.stdout.close()  # else the interpreter would try again, and complain
-    _put(text + "\n", sys.stderr)
-    if program and (status == 130 or argv[:1] == ["batch"]):
-        os._exit(status)  # the end of the interpreter would wait for requests that are under way
+        status, text = _exit_status(error), " ".join(str(error).split())
+        text = text or ("interrupted" if status == 130 else type(error).__name__)
+        told = {"type": type(error).__name__, "message": text, "exit": status}
+        for name in ("status", "code", "generation_id", "request_id", "retry_after"):
+            told[name] = getattr(error, name, None)
+        line = json.dumps({"error": told}) if "--json" in words else f"lowrouter: {text}"
+        below = "\n" if status == 130 and sys.stderr.isatty() else ""  # what was being written
+        _put(f"{below}{line}\n", sys.stderr)
+    if argv is None:
+        os._exit(status)  # the interpreter's own end would wait for what is under way, and flush
     return status
 
 

@@ -6257,7 +6257,7 @@ class TestCommandLine(_Commands):
             ("--timeout", "--timeout", "abc", "Hello"),
             ("--deadline", "--deadline", "abc", "Hello"),
             ("route must", "--body", self.path("route.json"), "Hello"),
-            ("no prompt", "--body", self.path("five.json")),
+            ("messages must", "--body", self.path("five.json")),
         ):
             self.run_main("chat", *options)
             self.assertIn(word, self.err)
@@ -6311,10 +6311,10 @@ class TestCommandLine(_Commands):
         del os.environ["COLUMNS"]
         self.assertEqual(self.run_main("models"), 0)
         line = next(line for line in self.out.splitlines() if line.startswith("b"))
-        prices = "prompt_price 0.1, completion_price 0.2"
-        self.assertEqual(re.split("  +", line)[1:4], ["8192", "A", prices])
-        self.assertIn("eu-west", line)
-        self.assertNotIn("us-east", line)
+        told = ["0.1", "0.2", "true", "8192", "eu-west true, us-east false", "A"]
+        self.assertEqual(re.split("  +", line)[1:], told)
+        heads = "ID PROMPT_PRICE COMPLETION_PRICE VISION CONTEXT_WINDOW REGIONS ECO"
+        self.assertEqual(self.out.split("\n")[0].split(), heads.split())
 
     def test_models_are_filtered_and_raw_as_json(self) -> None:
         self.assertEqual(self.run_main("models", "--json"), 0)
@@ -6376,13 +6376,12 @@ class TestCommandLine(_Commands):
         self.stub.play(STALL)
         self.assertEqual(self.run_main("chat", "--timeout", "0.2", "Hello"), 7)
 
-    def test_there_is_a_cache_in_the_users_folder_and_none_without_a_home(self) -> None:
+    def test_there_is_a_cache_in_the_users_folder_and_none_without_one(self) -> None:
         del os.environ["LOWROUTER_CACHE_DIR"]
         table = (
             ({"XDG_CACHE_HOME": self.path("xdg")}, self.path("xdg/lowrouter")),
             ({"HOME": self.path("home")}, self.path("home/.cache/lowrouter")),
-            ({}, None),
-            ({"HOME": "", "XDG_CACHE_HOME": "relative"}, None),
+            ({"XDG_CACHE_HOME": "relative"}, None),
         )
         names = ("HOME", "XDG_CACHE_HOME")
         with mock.patch.dict(os.environ), mock.patch("sys.platform", "linux"):
@@ -6506,6 +6505,16 @@ class TestCommandLine(_Commands):
         self.assertEqual(self.sent()[0]["messages"], body["messages"])
         marked = b"\xef\xbb\xbf" + json.dumps(body).encode()  # as PowerShell writes it
         self.assertEqual(self.run_main("chat", "--body", "-", stdin=marked), 0)
+
+    def test_options_stand_before_and_behind_words(self) -> None:
+        for argv in (["--json", "Hello", "-p", "user=a"], ["-puser=a", "Hello", "--json"]):
+            self.assertEqual(self.run_main("chat", *argv), 0)
+            self.assertEqual(self.sent()[-1]["user"], "a")
+            self.assertTrue(json.loads(self.out)["choices"])
+        self.assertEqual(self.run_main("chat", "--region=eu-west", "--", "--json"), 0)
+        self.assertEqual(self.prompts()[-1], "--json")
+        self.assertEqual(self.run_main("chat", "--reg", "eu-west", "Hello"), 2)
+        self.assertEqual(self.run_main("chat", "-m", "", "Hello"), 2)
 
     def test_h_is_help(self) -> None:
         self.assertEqual(self.run_main("chat", "-h"), 0)
@@ -6841,7 +6850,7 @@ class TestBatch(_Commands):
         code = (
             "import resource, sys, lowrouter;"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
-            "sys.exit(lowrouter.main(sys.argv[1:]))"
+            "lowrouter.main()"
         )
         source, out = self.numbered(20), self.path("out.jsonl")
         folder = os.path.dirname(os.path.abspath(lowrouter.__file__))
@@ -6859,7 +6868,7 @@ class TestBatch(_Commands):
 
         limit, none = resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
         code = f"import resource; resource.setrlimit({limit}, (3000, {none}))\n"
-        code += "import sys, lowrouter; sys.exit(lowrouter.main(sys.argv[1:]))"
+        code += "import lowrouter; lowrouter.main()"
         source, out = self.numbered(2), self.path("out.jsonl")
         long = {"choices": [{"message": {"content": "x" * 60000}, "finish_reason": "stop"}]}
 
@@ -7176,7 +7185,7 @@ class TestReadme(Clean):
                 lowrouter.main(["--help"])
         rows = _readme_rows("Command line")
         for command in [row[0].strip("`") for row in rows]:
-            self.assertRegex(printed.getvalue(), rf"(?m)^(usage: lowrouter )? *{command} ")
+            self.assertRegex(printed.getvalue(), rf"(?m)^ *{command}\b")
         statuses = re.findall(r"\| ([0-9]+) ", "\n".join("| " + " | ".join(row) for row in rows))
         self.assertEqual(sorted(map(int, statuses)), [*range(10), 130])
 
