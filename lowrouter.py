@@ -987,6 +987,8 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
         before = kept.get(name) or None  # an empty list is still that of a chunk, not ours
         if isinstance(before, bytearray) and isinstance(value, str):
             before += value.encode("utf-8", "surrogatepass")  # a str would be copied each time
+        elif value is before:
+            continue  # most often None
         elif not value:
             kept[name] = value if kept.get(name) is None else kept[name]
         elif isinstance(value, dict) and depth:
@@ -1131,9 +1133,9 @@ class _ModelCache:
                 return age, record["models"]
         return float("inf"), []
 
-    def write(self, key: str, models: list[Json]) -> None:
+    def write(self, key: str, listed: list[Json]) -> None:
         path = self.path(key)
-        text = self.texts[path] = json.dumps({"saved": time.time(), "models": models})
+        text = self.texts[path] = json.dumps({"saved": time.time(), "models": listed})
         if not self.folder or key in text:
             return
         with contextlib.suppress(OSError, ValueError):
