@@ -510,7 +510,6 @@ class _Gateway:
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
-        self.prefix = self.url if self.proxy and not self.tls else path  # of what is asked for
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
         get = os.environ.get
@@ -739,7 +738,7 @@ _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRout
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
 
 
-class _Call:
+class _Call(urllib.request.Request):
     """One request and its answer; it owns its wire, and gives it back at the end of the body."""
 
     wire: _Wire | None = None  # as long as the call owns it
@@ -749,12 +748,15 @@ class _Call:
     def __init__(
         self, pool: _Pool, clock: _Clock, key: str, method: str, path: str, data: bytes, more: Any
     ) -> None:
-        self.pool, self.clock, self.key, self.method = pool, clock, key, method
         gateway = self.gateway = pool.gateway
+        self.pool, self.clock, self.key = pool, clock, key
+        super().__init__(gateway.url + path, data, method=method)
         headers = {**_our_headers(gateway.netloc, key, method, data), **more}
         if gateway.proxy and not gateway.tls:
-            headers.update(gateway.proxy[2])
-        self.request = memoryview(_head(method, gateway.prefix + path, headers) + data)
+            host, port, login = gateway.proxy
+            self.set_proxy(f"{host}:{port}", "http")
+            headers.update(login)
+        self.message = memoryview(_head(method, self.selector, headers) + data)
         self.received = bytearray()  # of a body that is read as a whole
         self.pins: Json = {}
 
@@ -765,7 +767,7 @@ class _Call:
     def translated(self, cause: Exception) -> LowRouterError:
         """Our error for a foreign one, by the phase in which it was raised."""
         phase = self.clock.phase
-        again = self.method == "GET" or phase == "connect"
+        again = self.get_method() == "GET" or phase == "connect"
         billed = "; the call may have been billed, so it is not sent again"
         billed = billed if self.sent and not again else ""
         if isinstance(cause, (socket.timeout, TimeoutError)):
@@ -803,11 +805,11 @@ class _Call:
         self.clock.enter("response")
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             # who closes before it has read all may have said why, 413 say: the answer decides
-            for start in range(0, len(self.request), _SEND_BLOCK):
-                wire.socket.send(self.request[start : start + _SEND_BLOCK])
+            for start in range(0, len(self.message), _SEND_BLOCK):
+                wire.socket.send(self.message[start : start + _SEND_BLOCK])
                 self.clock.enter("response")  # a block ends a wait
             self.sent = True
-        self.response = wire.answer(self.method)
+        self.response = wire.answer(self.get_method())
         wire.socket.may_end = self.response.length is None and not self.response.chunked
         self.clock.enter("idle")
 
@@ -819,7 +821,7 @@ class _Call:
                 return self.exchange(wire)
             except (ConnectionError, ssl.SSLError):
                 wire.socket.close()
-                if self.sent and self.method != "GET":
+                if self.sent and self.get_method() != "GET":
                     raise
         return self.exchange(self.pool.connect(self.clock))
 
@@ -1861,7 +1863,8 @@ def _parser() -> Any:
     add("--timeout", type=float, default=_TIMEOUT, metavar="S", help=silence)
     add("--deadline", type=float, metavar="S", help="seconds for a whole call")
     add("--allow-http", action="store_true", help="plain http also to other machines")
-    parser = Parser("lowrouter", allow_abbrev=False)
+    more = "The key is taken from LOWROUTER_API_KEY. COMMAND --help tells its options."
+    parser = Parser("lowrouter", allow_abbrev=False, epilog=more)
     version = f"lowrouter {__version__} (Python {sys.version.split()[0]})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
