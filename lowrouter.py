@@ -1177,8 +1177,6 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
                 _checked(call, chunk)
             yield chunk
             call.clock.enter("idle")
-            if call.abandoned:
-                break
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():

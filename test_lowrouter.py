@@ -1697,6 +1697,16 @@ class TestSettings(Played):
         self.assertNotIn(NEVER_SHOWN, str(error))
         self.assertIn("LOWROUTER_API_KEY_FILE", str(error))
 
+    def test_while_a_key_file_is_replaced_the_last_key_serves(self) -> None:
+        self.write_key("first-key")
+        with mock.patch.dict(os.environ, {"LOWROUTER_API_KEY_FILE": self.key_file}):
+            client = lowrouter.Client(base_url=self.stub.url)
+            self.addCleanup(client.close)
+        self.write_key("")
+        self.assertEqual(self.authorization(client), "Bearer first-key")
+        os.remove(self.key_file)
+        self.assertEqual(self.authorization(client), "Bearer first-key")
+
     def test_a_key_file_that_cannot_be_read_is_named_by_its_variable(self) -> None:
         for path in (self.key_file, os.path.dirname(self.key_file)):
             with mock.patch.dict(os.environ, {"LOWROUTER_API_KEY_FILE": path}):
@@ -2084,6 +2094,11 @@ class TestStreams(Played):
                 self.assertEqual(stream.completion, answer_from())
                 self.assertEqual(stream.result(), answer_from())
                 self.assertIs(type(stream.result()), lowrouter.Completion)
+
+    def test_a_json_answer_without_a_finish_reason_is_whole(self) -> None:
+        answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}}]}
+        self.stub.play(http(answer))
+        self.assertEqual(self.client().stream("Hi").result().text, "Hello")
 
     def test_a_stream_under_another_type_is_a_stream_also_behind_white_space(self) -> None:
         plain = STREAM_HEAD.replace(b"text/event-stream", b"text/plain")
@@ -2938,6 +2953,15 @@ class TestModels(Played):
         self.assertEqual(client.models()[0]["owner"], KEY)
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_no_draft_is_left_when_the_file_cannot_be_replaced(self) -> None:
+        client = self.client(cache_dir=self.folder)
+        client.models()
+        (name,) = os.listdir(self.folder)
+        os.remove(os.path.join(self.folder, name))
+        os.mkdir(os.path.join(self.folder, name))
+        client.models(refresh=True)
+        self.assertEqual(os.listdir(self.folder), [name])
+
 
 # ---- generations --------------------------------------------------------------------------------
 
@@ -3517,6 +3541,14 @@ class TestConnections(Timed):
                 gc.collect()
         self.assertEqual(self.still_open(threads, 0), 0)
         self.assertEqual((list(map(str, warned)), ignored), ([], []))
+
+    def test_a_closed_client_keeps_no_connection_that_comes_back_later(self):
+        client, held = self.client(), []
+        self.stub.play(lambda sock: held.append(threading.current_thread()), http(whole_answer()))
+        stream = client.stream("Hello")
+        client.close()
+        self.assertEqual(stream.result().text, "whole")
+        self.assertEqual(self.still_open(held, 0), 0)
 
     def test_a_lost_kept_connection_is_replaced_once_where_nothing_can_be_billed(self):
         client = self.client(max_retries=0)
@@ -4263,6 +4295,12 @@ class TestTruncation(Clean):
                 wholes += 1
             self.assertGreater(wholes, 1)
             self.assertLess(wholes, len(answer) / 2)
+
+    def test_a_negative_chunk_size_is_an_error_at_once(self):
+        answer = head("200 OK", "Transfer-Encoding: chunked") + b"-5\r\nHello\r\n"
+        self.stub.play(answer, STALL)
+        with self.assertRaises(lowrouter.BadResponseError):
+            self.client(timeout=5).chat("Hello")
 
     def test_framing_that_cannot_be_trusted_is_an_error(self):
         body = json.dumps(whole_answer()).encode()
@@ -6514,7 +6552,8 @@ class TestCommandLine(_Commands):
         self.assertEqual(self.run_main("chat", "--region=eu-west", "--", "--json"), 0)
         self.assertEqual(self.prompts()[-1], "--json")
         self.assertEqual(self.run_main("chat", "--reg", "eu-west", "Hello"), 2)
-        self.assertEqual(self.run_main("chat", "-m", "", "Hello"), 2)
+        for name in ("-m", "--region", "--provider", "--body", "--timeout"):  # an unset variable
+            self.assertEqual(self.run_main("chat", name, "", "Hello"), 2)
 
     def test_h_is_help(self) -> None:
         self.assertEqual(self.run_main("chat", "-h"), 0)
