@@ -505,7 +505,7 @@ class _Gateway:
         self.target = self.netloc if parts.port else f"{self.netloc}:{self.port}"
         path = parts.path.rstrip("/")
         self.url = f"{parts.scheme}://{self.netloc}{path}"
-        loopback = re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", self.host)
+        loopback = re.fullmatch(r"(.*\.)?localhost|127(\.[0-9]+){3}|[0:]*:0*1", self.host)
         if not (self.tls or allow_http or loopback):
             remedy = "use https, or allow_http=True (--allow-http)"
             raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
@@ -556,7 +556,7 @@ class _Socket(io.RawIOBase):
     """The ends of a socket; before every wait it asks the clock of the present call."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.sock, self.pid, self.may_end = sock, os.getpid(), False
+        self.sock, self.pid, self.may_end, self.began = sock, os.getpid(), False, False
         self.clock: _Clock | None = clock  # None: nothing is waited for
 
     def arm(self) -> None:
@@ -578,7 +578,9 @@ class _Socket(io.RawIOBase):
             raise OSError("a forked process cannot read what its parent has asked for")
         self.arm()
         size = self.sock.recv_into(buffer)
-        if not size and not self.may_end:  # for http.client it would be that of any head or body
+        if size:
+            self.began = True
+        elif not self.may_end:  # for http.client it would be the end of any head or body
             raise ConnectionError("the connection was closed too early")
         return size
 
@@ -630,7 +632,7 @@ def _trusting(gateway: _Gateway) -> ssl.SSLContext:
     """What checks the certificates; loading the CAs takes 20 ms."""
     file, path = gateway.ca_file, gateway.ca_path
     try:
-        if path and not any(map(os.path.isdir, path.split(os.pathsep))):
+        if path and not file and not any(map(os.path.isdir, path.split(os.pathsep))):
             raise OSError("no such folder")  # which OpenSSL would not mind
         return ssl.create_default_context(cafile=file, capath=path)
     except (OSError, ValueError) as error:
@@ -774,7 +776,7 @@ class _Call(urllib.request.Request):
             phase = "deadline" if self.clock.end <= self.clock.until else phase
             reason = f"took too long (time-out: {phase}){billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}{billed}"
+        reason = f"{_LOST[phase]}: {str(cause).strip() or type(cause).__name__}{billed}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
@@ -801,7 +803,8 @@ class _Call(urllib.request.Request):
 
     def exchange(self, wire: _Wire) -> None:
         """Send the request and read the head of the answer."""
-        self.wire, self.sent, wire.socket.clock = wire, False, self.clock
+        self.wire, self.sent, wire.socket.began = wire, False, False
+        wire.socket.clock = self.clock
         self.clock.enter("response")
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             # who closes before it has read all may have said why, 413 say: the answer decides
@@ -821,7 +824,7 @@ class _Call(urllib.request.Request):
                 return self.exchange(wire)
             except (ConnectionError, ssl.SSLError):
                 wire.socket.close()
-                if self.sent and self.get_method() != "GET":
+                if wire.socket.began or (self.sent and self.get_method() != "GET"):
                     raise
         return self.exchange(self.pool.connect(self.clock))
 
@@ -914,8 +917,10 @@ class _Call(urllib.request.Request):
                 self.open()
                 self.check()
                 return take(self)
-            except _FOREIGN as cause:
+            except BaseException as cause:
                 self.close()
+                if not isinstance(cause, _FOREIGN):
+                    raise
                 errors = [self.failure(cause)]
             told = errors[0].retry_after
             wait = pause * random.uniform(0.75, 1) if told is None else told
@@ -930,12 +935,14 @@ class _Call(urllib.request.Request):
 
 def _texts(blocks: Iterable[bytes]) -> Iterator[list[str]]:
     """Decode, and split at blank lines, which end an event; the last one may be unfinished."""
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")("replace")  # one BOM may lead
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)  # a line ends in LF, CR or CRLF
-    rest = ""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")  # one BOM may lead
+    rest, after_cr = "", False
     for block in blocks:
-        searched = max(len(rest) - 1, 0)
-        rest += decoder.decode(block)
+        if after_cr and block.startswith(b"\n"):
+            block = block[1:]  # the other half of a CRLF
+        after_cr = block.endswith(b"\r")
+        text, searched = decoder.decode(block), max(len(rest) - 1, 0)
+        rest += text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
         end = rest.rfind("\n\n", searched)
         if end >= 0:
             yield rest[:end].split("\n\n")
@@ -950,10 +957,6 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     for text in itertools.chain.from_iterable(_texts(blocks)):
         if text.startswith("data: ") and "\n" not in text:
             yield "", text[6:]  # as nearly all are
-        elif re.match(r"\s*\{", text):
-            yield "", text  # no stream at all: a whole answer, or an error
-        elif re.match(r"\s*<", text):
-            raise BadResponseError("sent HTML: a proxy answered, not LowRouter")
         else:
             names = re.findall(r"(?m)^event: ?(.*)", text)
             data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
@@ -968,9 +971,18 @@ _GROWING = frozenset(
 )
 
 
-def _parts(content: Any) -> list[Any]:
-    """A text as a list of parts, which is the other shape of a content: thoughts come in it."""
-    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+def _parts(before: Any, value: Any) -> list[Any]:
+    """The other shape of a content: a list of parts, thoughts say, which later texts join."""
+    parts = _as(list, before)
+    if isinstance(before, bytearray):
+        parts = [{"type": "text", "text": before}]
+    if isinstance(value, list):
+        parts += value
+    elif parts and isinstance(_as(dict, parts[-1]).get("text"), bytearray):
+        parts[-1]["text"] += value.encode("utf-8", "surrogatepass")
+    else:
+        parts.append({"type": "text", "text": bytearray(value, "utf-8", "surrogatepass")})
+    return parts
 
 
 def _tool_call(calls: list[Json], piece: Json) -> Json:
@@ -989,8 +1001,6 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
         before = kept.get(name) or None  # an empty list is still that of a chunk, not ours
         if isinstance(before, bytearray) and isinstance(value, str):
             before += value.encode("utf-8", "surrogatepass")  # a str would be copied each time
-        elif value is before:
-            continue  # most often None
         elif not value:
             kept[name] = value if kept.get(name) is None else kept[name]
         elif isinstance(value, dict) and depth:
@@ -1002,10 +1012,8 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
             calls = kept[name] = _as(list, before)
             for call in [each for each in value if isinstance(each, dict)]:
                 _merge(_tool_call(calls, call), call, depth - 1)
-        elif isinstance(before, list):
-            before += _parts(value)
-        elif isinstance(value, list):
-            kept[name] = (_parts(before) if before else []) + value
+        elif isinstance(value, list) or (isinstance(before, list) and isinstance(value, str)):
+            kept[name] = _parts(before, value)
         elif isinstance(value, str) and name in _GROWING:
             kept[name] = bytearray(value, "utf-8", "surrogatepass")
         elif not isinstance(before, bytearray):
@@ -1033,6 +1041,7 @@ class _Assembly:
         begun.headers = headers
         self.routed = {n: getattr(begun, n) for n in _ROUTED if getattr(begun, n)}
         self.choices: dict[int, Json] = {}
+        self.whole: Completion | None = None  # when the gateway did not stream at all
         self.done = False  # whether the gateway said that this was all
         self.error: LowRouterError | None = None
 
@@ -1043,27 +1052,29 @@ class _Assembly:
         if "lowrouter" in chunk:
             block = _as(dict, chunk["lowrouter"])
             self.routed.update({n: v for n, v in block.items() if v or n not in self.routed})
-        for choice in _as(list, chunk.get("choices")):
+        for position, choice in enumerate(_as(list, chunk.get("choices"))):
             if isinstance(choice, dict):
-                index = _as(int, choice.get("index"))
+                index = choice.get("index")
+                index = index if isinstance(index, int) else position
                 if index not in self.choices:
                     self.choices[index] = {"delta": {"role": "assistant"}}
                 _merge(self.choices[index], choice)
 
     def complete(self) -> bool:
         """Whether nothing of the answer can be missing, except usage and eco."""
-        ends = [c.get("finish_reason") or c.get("message") for c in list(self.choices.values())]
-        return self.done or (bool(ends) and all(ends))  # a message, unlike a delta, is whole
+        reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
+        return self.done or self.whole is not None or (bool(reasons) and all(reasons))
 
     def completion(self) -> Completion:
         """The answer as far as it has come, {} before the first chunk."""
-        completion, choices = Completion(self.fields), []
+        completion, choices = Completion(self.whole or self.fields), []
         completion.headers = self.headers
         for index, kept in sorted(self.choices.items()):
             choice = _plain(kept)
             message = {**choice.pop("delta"), **_as(dict, choice.get("message"))}
             choices.append({**choice, "index": index, "message": message})
-        if completion:
+        if self.fields:
+            completion.pop("error", None)  # which is in the exception
             completion.update({"object": "chat.completion", "choices": choices})
             if self.routed:
                 completion["lowrouter"] = dict(self.routed)
@@ -1072,13 +1083,11 @@ class _Assembly:
 
 def _failure(answer: Json) -> Json | None:
     """What tells that an answer failed: an error in it or in a choice, or "error" as a reason."""
-    if answer.get("error"):
-        return answer
-    for choice in _as(list, answer.get("choices")):
-        choice = _as(dict, choice)
-        if choice.get("error") or choice.get("finish_reason") == "error":
-            return {"error": choice.get("error")}
-    return None
+    choices = [_as(dict, choice) for choice in _as(list, answer.get("choices"))]
+    for each in (answer, *choices):
+        if each.get("error"):
+            return each
+    return answer if "error" in [choice.get("finish_reason") for choice in choices] else None
 
 
 def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[Chunk]:
@@ -1099,6 +1108,8 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
             failed = _failure(chunk) if '"error"' in data else None
             if not failed or chunk.get("choices"):
                 assembly.add(chunk)
+            elif assembly.fields:
+                assembly.add(Chunk({k: chunk[k] for k in ("usage", "lowrouter") if k in chunk}))
             if failed:
                 raise _refusal(StreamError, "failed in the stream", failed)
             yield chunk
@@ -1167,12 +1178,45 @@ def _checked(call: _Call, data: Any) -> Completion:
     return answer
 
 
+def _whole(call: _Call) -> Completion:
+    """The completion that comes as one JSON object."""
+    completion = _checked(call, call.json())
+    if not isinstance(completion.get("choices"), list):
+        raise BadResponseError("sent no chat completion")
+    failed = _failure(completion)
+    if failed:
+        raise _refusal(BadResponseError, "failed in its answer", failed, completion=completion)
+    return completion
+
+
+def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
+    """The chunks of an answer, by the byte it begins with; of one that is no stream, all of it."""
+    blocks, kind = iter(call.read, b""), call.response.headers.get_content_type()
+    first = start = b""
+    for block in blocks:
+        first += block
+        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if start or len(first) > _BLOCK:
+            break
+    streams = start in (b"d", b"e", b"i", b"r", b":")  # of data, event, id, retry or a comment
+    if kind == "text/event-stream":
+        streams = start not in (b"{", b"<")
+    if streams or (first and not start and kind == "text/plain"):
+        yield from _chunks(_events(itertools.chain([first], blocks)), assembly)
+    else:
+        call.received += first
+        assembly.whole = _whole(call)
+        chunk = Chunk(assembly.whole)
+        chunk.headers = assembly.headers
+        yield chunk
+
+
 def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, None]:
     """Read a stream to its end: a whole answer, or an error with what has come."""
     error: LowRouterError | None = None
     try:
         call.clock.enter("idle")  # silence counts only while the caller waits for its end
-        for chunk in _chunks(_events(iter(call.read, b"")), assembly):
+        for chunk in _pieces(call, assembly):
             if "lowrouter" in chunk:
                 _checked(call, chunk)
             yield chunk
@@ -1183,7 +1227,8 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
         error = call.failure(cause, assembly.completion())
-    call.close()
+    finally:
+        call.close()
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
         assembly.error = error
@@ -1202,6 +1247,9 @@ class Stream:
         call.streams = True
         self._call, self._assembly = call, _Assembly(call.response.headers)
         self._chunks = _read_stream(call, self._assembly)
+        if call.response.headers.get_content_type() != "text/event-stream":
+            first = list(itertools.islice(self._chunks, 1))  # an error, most likely
+            self._chunks = (chunk for part in (first, self._chunks) for chunk in part)
 
     @property
     def completion(self) -> Completion:
@@ -1312,15 +1360,7 @@ class Client:
         `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
         are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
         """
-        call = self._chat_call(messages, False, options)
-        data = call.send(_Call.json)
-        completion = _checked(call, data)
-        if not isinstance(completion.get("choices"), list):
-            raise call.failure(BadResponseError("sent no chat completion", body=data))
-        failed = _failure(completion)
-        if failed:
-            raise call.failure(_refusal(BadResponseError, "failed", failed), completion)
-        return completion
+        return self._chat_call(messages, False, options).send(_whole)
 
     def stream(self, /, messages: str | list[Json], **options: Any) -> Stream:
         """Ask as `chat()` does, raising a refusal, and return the chunks as they come."""
@@ -1526,7 +1566,7 @@ def _request(args: Any) -> Json:
         with open(args.body, "rb") as file:
             body = _parsed(file.read())
     fields = [field.partition("=") for field in args.p]
-    if not isinstance(body, dict) or not all(equals for _, equals, _ in fields):
+    if not isinstance(body, dict) or not all(name and equals for name, equals, _ in fields):
         raise ConfigError("--body takes a file with a JSON object, -p takes KEY=JSON")
     body.update({name: _parsed(value) for name, _, value in fields})
     prompts = [] if args.prompt == "-" else [args.prompt]
@@ -1565,7 +1605,7 @@ def _chat(client: Client, args: Any) -> None:
             raise
         answer, failure = error.completion, error
     _put(_dumped(answer) if args.json else answer.text[shown:])
-    _put("\n" if sys.stdout.isatty() else "")
+    _put("\n" if sys.stdout.isatty() and not args.json else "")
     if failure:
         raise failure
     if args.v or sys.stderr.isatty():
@@ -1584,7 +1624,7 @@ def _table(models: list[Json], word: str) -> Iterator[str]:
     names = ["id", *dict.fromkeys(names)]
     rows = sorted([_cell(model.get(name, "")) for name in names] for model in models)
     rows = [row for row in rows if word.lower() in " ".join(row).lower()]
-    rows.insert(0, [name.upper() for name in names])
+    rows = [[name.upper() for name in names], *rows] if rows else []
     widths = [max(map(len, column)) for column in zip(*rows)]
     width = get_terminal_size((10000, 24)).columns  # into a pipe nothing is cut
     while sum(widths) + 2 * len(widths) > width and max(widths[1:], default=0) > _CELL:
@@ -1842,8 +1882,8 @@ def _parser() -> Any:
 
     class Parser(ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            hint = "see --help, and put -- before a prompt that begins with a dash"
-            raise ConfigError(f"{message}; {hint}")
+            dash = ", and put -- before a prompt that begins with a dash"
+            raise ConfigError(f"{message}; see --help" + dash * ("unrecognized" in message))
 
     def command(run: Any, usage: str, what: str) -> Any:
         name, usage = usage.split()[0], f"lowrouter {usage} [options]"
@@ -1862,7 +1902,7 @@ def _parser() -> Any:
     add("--deadline", type=float, metavar="S", help="seconds for a whole call")
     add("--allow-http", action="store_true", help="plain http also to other machines")
     more = "The key is taken from LOWROUTER_API_KEY. COMMAND --help tells its options."
-    parser = Parser("lowrouter", allow_abbrev=False, epilog=more)
+    parser = Parser("lowrouter", epilog=more, **{**common, "parents": []})
     version = f"lowrouter {__version__} (Python {sys.version.split()[0]})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
