@@ -32,6 +32,7 @@ import json
 import os
 import random
 import re
+import select
 import socket
 import ssl
 import sys
@@ -552,18 +553,28 @@ class _Clock:
         return True
 
 
+def _has_news(sock: socket.socket) -> bool:
+    """Whether something can be read at once: bytes, the end or an error."""
+    if getattr(sock, "pending", int)():
+        return True  # OpenSSL holds it already
+    if not hasattr(select, "poll"):
+        return bool(select.select([sock], [], [], 0)[0])  # Windows
+    poll = select.poll()  # which knows no limit of descriptors
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class _Socket(io.RawIOBase):
     """The ends of a socket; before every wait it asks the clock of the present call."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.sock, self.pid, self.may_end, self.began = sock, os.getpid(), False, False
-        self.clock: _Clock | None = clock  # None: nothing is waited for
+        self.clock: Any = clock  # None: there is nothing to receive
 
     def arm(self) -> None:
         """Bound the next wait; not for a millisecond's sake, since all threads queue for that."""
-        left = self.clock.left() if self.clock else 0.0
-        now = self.sock.gettimeout()
-        if not now or abs(now - left) > 0.001:
+        left = self.clock.left()
+        if abs((self.sock.gettimeout() or 0.0) - left) > 0.001:
             self.sock.settimeout(left)
 
     def send(self, data: Any) -> None:
@@ -573,7 +584,9 @@ class _Socket(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
+        if self.clock is None:
+            return None
         if self.pid != os.getpid():
             raise OSError("a forked process cannot read what its parent has asked for")
         self.arm()
@@ -620,12 +633,11 @@ class _Wire(io.BufferedReader):
         """Whether it can be used again: nothing came after its last answer, not even the end."""
         self.socket.clock = None
         try:
-            self.peek(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
+            if self.peek(1) or self.socket.pid != os.getpid():
+                return False  # what is left of the last answer nobody asked for
+            return not _has_news(self.socket.sock)
         except (OSError, ValueError):
-            pass  # it is closed, or that of a parent process
-        return False
+            return False  # it was closed
 
 
 def _trusting(gateway: _Gateway) -> ssl.SSLContext:
