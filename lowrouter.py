@@ -1239,8 +1239,10 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
         error = call.failure(cause, assembly.completion())
-    finally:
+    except KeyboardInterrupt:
         call.close()
+        raise
+    call.close()
     lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
     if error and not call.abandoned and not (lost and assembly.complete()):
         assembly.error = error
