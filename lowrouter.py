@@ -19,7 +19,6 @@ Facts about the gateway: [seed] is its curl page, [docs] its other pages, [assum
 from __future__ import annotations
 
 import base64
-import codecs
 import contextlib
 import email.utils
 import encodings.utf_8_sig  # noqa: F401  the first answer would load it, when no file may open
@@ -77,7 +76,7 @@ _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
 _MESSAGE_LIMIT = 400  # characters of an error's message: some lines of a terminal
-_EVENT_LIMIT = 1 << 24  # bytes in memory of a line or an event: an image in base64 fits
+_EVENT_LIMIT = 1 << 24  # bytes of an event of a stream: an image in base64 fits
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 
 # ---- answers: plain data -------------------------------------------------------------------------
@@ -946,22 +945,21 @@ class _Call(urllib.request.Request):
 
 
 def _texts(blocks: Iterable[bytes]) -> Iterator[list[str]]:
-    """Decode, and split at blank lines, which end an event; the last one may be unfinished."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")  # one BOM may lead
-    rest, after_cr = "", False
+    """Split at blank lines, which end an event, then decode, so that no character is ever cut."""
+    rest, after_cr, codec = bytearray(), False, "utf-8-sig"  # one BOM may lead
     for block in blocks:
         if after_cr and block.startswith(b"\n"):
             block = block[1:]  # the other half of a CRLF
-        after_cr = block.endswith(b"\r")
-        text, searched = decoder.decode(block), max(len(rest) - 1, 0)
-        rest += text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-        end = rest.rfind("\n\n", searched)
+        after_cr, searched = block.endswith(b"\r"), max(len(rest) - 1, 0)
+        rest += block.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in block else block
+        end = rest.rfind(b"\n\n", searched)
         if end >= 0:
-            yield rest[:end].split("\n\n")
-            rest = rest[end + 2 :]
-        elif sys.getsizeof(rest) > _EVENT_LIMIT:
+            yield rest[:end].decode(codec, "replace").split("\n\n")
+            del rest[: end + 2]
+            codec = "utf-8"
+        elif len(rest) > _EVENT_LIMIT:
             raise StreamError(f"sent an event longer than {_EVENT_LIMIT >> 20} MiB")
-    yield [rest + decoder.decode(b"", final=True)]
+    yield [rest.decode(codec, "replace")]
 
 
 def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
