@@ -921,7 +921,7 @@ class _Call(urllib.request.Request):
 
     def send(self, take: Callable[[_Call], T]) -> T:
         """Send the call until it is answered, and return what `take` makes of it."""
-        pause, longest = _BACKOFF
+        (pause, longest), errors = _BACKOFF, [LowRouterError()]
         for tries_left in range(self.max_retries, -1, -1):
             try:
                 self.received.clear()
