@@ -533,13 +533,16 @@ class _Clock:
         self.enter("connect")
 
     def enter(self, phase: str) -> None:
-        """Begin to wait: "connect", "response" or "idle", which is the silence in a body."""
-        wait = min(self.timeout, _CONNECT_SECONDS) if phase == "connect" else self.timeout
-        self.phase, self.until = phase, time.monotonic() + wait
+        """Begin "connect", "response" or "idle", the silence in a body, as of its first wait."""
+        self.phase, self.until = phase, 0.0
 
     def left(self) -> float:
         """Seconds for the next wait, always above 0."""
-        left: float = min(self.until, self.end) - time.monotonic()
+        now = time.monotonic()
+        if not self.until:
+            most = _CONNECT_SECONDS if self.phase == "connect" else _FOREVER
+            self.until = now + min(self.timeout, most)
+        left: float = min(self.until, self.end) - now
         if left <= 0:
             raise socket.timeout("timed out")
         return left
@@ -1225,12 +1228,11 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
     """Read a stream to its end: a whole answer, or an error with what has come."""
     error: LowRouterError | None = None
     try:
-        call.clock.enter("idle")  # silence counts only while the caller waits for its end
         for chunk in _pieces(call, assembly):
             if "lowrouter" in chunk:
                 _checked(call, chunk)
             yield chunk
-            call.clock.enter("idle")
+            call.clock.enter("idle")  # as of the next wait: the caller's own time is no silence
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         elif not assembly.complete():
@@ -1952,8 +1954,12 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors=errors, newline="\n", line_buffering=True)
     try:
         status = _run(words)
-    except (BrokenPipeError, SystemExit):  # the reader has had enough; --help
-        status = 0
+    except SystemExit:
+        status = 0  # --help
+    except BrokenPipeError:
+        status = 0  # the reader has had enough, so nothing is flushed to it at the end either
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
     except (Exception, KeyboardInterrupt) as error:
         if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough

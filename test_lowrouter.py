@@ -6047,6 +6047,12 @@ class TestRunner(Clean):
         output, errors, status = self.run_to_end("try", "models", "--json")
         self.assertEqual((len(json.loads(output)), errors, status), (12, "", 0))
 
+    def test_try_is_quiet_when_its_reader_has_had_enough(self):
+        with self.running("try", "chat", "Count to 99") as run:
+            run.stdout.read(1)
+            run.stdout.close()
+            self.assertEqual((run.stderr.read(), run.wait(timeout=30)), ("", 0))
+
     def test_serve_prints_two_lines_and_ends_at_ctrl_c(self):
         with self.running("serve") as run:
             lines = [run.stdout.readline().split("=") for _ in range(2)]
