@@ -539,9 +539,8 @@ class _Clock:
     def left(self) -> float:
         """Seconds for the next wait, always above 0."""
         now = time.monotonic()
-        if not self.until:
-            most = _CONNECT_SECONDS if self.phase == "connect" else _FOREVER
-            self.until = now + min(self.timeout, most)
+        most = _CONNECT_SECONDS if self.phase == "connect" else _FOREVER
+        self.until = self.until or now + min(self.timeout, most)
         left: float = min(self.until, self.end) - now
         if left <= 0:
             raise socket.timeout("timed out")
@@ -1011,11 +1010,12 @@ def _tool_call(calls: list[Json], piece: Json) -> Json:
 def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
     """Add a delta: texts, lists and objects grow, of other values the last one counts."""
     for name, value in piece.items():
+        if not value:
+            kept[name] = value if kept.get(name) is None else kept[name]
+            continue
         before = kept.get(name) or None  # an empty list is still that of a chunk, not ours
         if isinstance(before, bytearray) and isinstance(value, str):
             before += value.encode("utf-8", "surrogatepass")  # a str would be copied each time
-        elif not value:
-            kept[name] = value if kept.get(name) is None else kept[name]
         elif isinstance(value, dict) and depth:
             kept[name] = _as(dict, before)
             _merge(kept[name], value, depth - 1)
