@@ -72,6 +72,7 @@ _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumptio
 _POLL_SECONDS = 0.5  # between two looks for a record that is not written yet [assumption]
 _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
 _KEY_LENGTH = 4  # characters; a shorter key is no secret, but a part of many a word
+_CUT_KEY_LENGTH = 10  # characters of a key at the end of a text; all keys begin with `lr-sk-`
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
@@ -308,16 +309,16 @@ def _without(key: str, value: Any, depth: int = 99) -> Any:
     if not isinstance(value, str) or len(key) < _KEY_LENGTH:
         return value
     text = value.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
-    for size in range(len(key) - 1, _KEY_LENGTH, -1):
+    for size in range(len(key) - 1, _CUT_KEY_LENGTH - 1, -1):
         if text.endswith(key[:size]):
-            return text[:-size]  # which was cut
+            return text[:-size]
     return text
 
 
 def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
     status, headers = response.status, response.headers
     passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
-    advice = "try later" if passing else "change the request"
+    advice = "try later" if passing or status > 500 else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
     with contextlib.suppress(ValueError):
         body = _loads(body)
@@ -433,13 +434,14 @@ class _Key:
     """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
 
     def __init__(self, api_key: str | None) -> None:
-        get, self.source, self.file = os.environ.get, "api_key", ""
+        self.source, self.file = "api_key", ""
         self.value = api_key.strip() if isinstance(api_key, str) else api_key or ""
         if not self.value:
-            self.source, self.value = "LOWROUTER_API_KEY", get("LOWROUTER_API_KEY", "").strip()
+            self.source = "LOWROUTER_API_KEY"
+            self.value = os.environ.get(self.source, "").strip()
         if not self.value:
-            self.source, self.file = "LOWROUTER_API_KEY_FILE", get("LOWROUTER_API_KEY_FILE", "")
-        self.current()
+            self.source = "LOWROUTER_API_KEY_FILE"
+            self.file = os.environ.get(self.source, "")
 
     def current(self) -> str:
         """The key, or an error that does not show the name of the file, which may be the key."""
@@ -453,6 +455,7 @@ class _Key:
         if not key:
             raise ConfigError(f"no API key: {problem}")
         if not isinstance(key, str) or not re.fullmatch(r"[!-~]+", key):
+            del key  # a traceback may show locals
             raise ConfigError(f"the API key from {self.source} must be a str of printable ASCII")
         self.value = key
         return key
@@ -475,7 +478,7 @@ def _is_exempt(host: str, port: int, entry: str) -> bool:
     with contextlib.suppress(ValueError):
         block = ipaddress.ip_network(entry.strip("[]"), strict=False)
         return ipaddress.ip_address(host) in block
-    return entry == "*" or f".{host}".endswith("." + entry.lstrip("*."))
+    return entry == "*" or f".{host.rstrip('.')}".endswith("." + entry.strip("*."))
 
 
 def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]] | None:
@@ -488,9 +491,9 @@ def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]]
     url = url if "://" in url else "http://" + url
     parts = _url_parts(f"{scheme.upper()}_PROXY", "http://host:port", "http://[!-~]+", url)
     login = {}
-    if parts.username:
-        pair = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        login["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    if parts.username is not None:
+        pair = urllib.parse.unquote_to_bytes(f"{parts.username}:{parts.password or ''}")
+        login["Proxy-Authorization"] = "Basic " + base64.b64encode(pair).decode()
     return str(parts.hostname), parts.port or 80, login
 
 
@@ -512,10 +515,10 @@ class _Gateway:
         self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
         through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
         self.name = self.netloc + through  # for messages
-        get = os.environ.get
-        file, folder = get("SSL_CERT_FILE"), get("SSL_CERT_DIR")
+        file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
         if ca_file or not (file or folder):
-            file = ca_file or get("REQUESTS_CA_BUNDLE") or get("CURL_CA_BUNDLE")
+            file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+            file = ca_file or file
             folder = file if file and os.path.isdir(file) else None
         self.ca_file, self.ca_path = None if folder == file else file or None, folder or None
 
@@ -648,7 +651,7 @@ def _trusting(gateway: _Gateway) -> ssl.SSLContext:
         if path and not file and not any(map(os.path.isdir, path.split(os.pathsep))):
             raise OSError("no such folder")  # which OpenSSL would not mind
         return ssl.create_default_context(cafile=file, capath=path)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
 
 
@@ -751,6 +754,12 @@ class _Pool:
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
+_REMEDIES = {  # of time-outs
+    "connect": "check the base URL, the network and HTTPS_PROXY",
+    "response": "raise timeout, or stream the answer",
+    "idle": "raise timeout",
+    "deadline": "raise deadline",
+}
 
 
 class _Call(urllib.request.Request):
@@ -787,13 +796,14 @@ class _Call(urllib.request.Request):
         billed = billed if self.sent and not again else ""
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if self.clock.end <= self.clock.until else phase
-            reason = f"took too long (time-out: {phase}){billed}"
+            reason = f"took too long (time-out: {phase}): {_REMEDIES[phase]}{billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{_LOST[phase]}: {str(cause).strip() or type(cause).__name__}{billed}"
+        reason = f"{_LOST[phase]}: {str(cause).strip() or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
             return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
+        reason += billed or "; " + (_REMEDIES[phase] if phase == "connect" else "ask again")
         if phase != "idle":
             return APIConnectionError(reason, retryable=again)
         kind = StreamError if self.streams else BadResponseError
@@ -1056,7 +1066,7 @@ class _Assembly:
         self.choices: dict[int, Json] = {}
         self.whole: Completion | None = None  # when the gateway did not stream at all
         self.done = False  # whether the gateway said that this was all
-        self.error: LowRouterError | None = None
+        self.failed: Any = None  # the class, the arguments and the details of an error
 
     def add(self, chunk: _Answer) -> None:
         for name, value in chunk.items():
@@ -1078,9 +1088,15 @@ class _Assembly:
         reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
         return self.done or self.whole is not None or (bool(reasons) and all(reasons))
 
+    def refuse(self) -> None:
+        """Raise what has ended the stream: each time anew, since a traceback holds its callers."""
+        if self.failed:
+            kind, args, details = self.failed
+            raise kind(*args, **details)
+
     def completion(self) -> Completion:
-        """The answer as far as it has come, {} before the first chunk."""
-        completion, choices = Completion(self.whole or self.fields), []
+        """The answer as far as it has come, {} before the first chunk; nobody else's to change."""
+        completion, choices = Completion(_plain(self.whole or self.fields)), []
         completion.headers = self.headers
         for index, kept in sorted(self.choices.items()):
             choice = _plain(kept)
@@ -1090,7 +1106,7 @@ class _Assembly:
             completion.pop("error", None)  # which is in the exception
             completion.update({"object": "chat.completion", "choices": choices})
             if self.routed:
-                completion["lowrouter"] = dict(self.routed)
+                completion["lowrouter"] = _plain(self.routed)
         return completion
 
 
@@ -1161,10 +1177,10 @@ class _ModelCache:
 
     def write(self, key: str, listed: list[Json]) -> None:
         path = self.path(key)
-        text = self.texts[path] = json.dumps({"saved": time.time(), "models": listed})
-        if not self.folder or key in text:
-            return
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            text = self.texts[path] = json.dumps({"saved": time.time(), "models": listed})
+            if not self.folder or json.dumps(key)[1:-1] in text:
+                return
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             handle, draft = tempfile.mkstemp(dir=self.folder)  # with mode 0600
             try:
@@ -1226,7 +1242,6 @@ def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
 
 def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, None]:
     """Read a stream to its end: a whole answer, or an error with what has come."""
-    error: LowRouterError | None = None
     try:
         for chunk in _pieces(call, assembly):
             if "lowrouter" in chunk:
@@ -1239,14 +1254,15 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
         error = call.failure(cause, assembly.completion())
+        lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
+        if not call.abandoned and not (lost and assembly.complete()):
+            assembly.failed = error.__reduce__()
+        del error
     except KeyboardInterrupt:
         call.close()
         raise
     call.close()
-    lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
-    if error and not call.abandoned and not (lost and assembly.complete()):
-        assembly.error = error
-        raise error
+    assembly.refuse()
 
 
 class Stream:
@@ -1279,8 +1295,7 @@ class Stream:
         """Read to the end and return the whole answer; raises as iterating does, or when closed."""
         for _ in self:
             pass
-        if self._assembly.error:
-            raise self._assembly.error
+        self._assembly.refuse()
         if not self._assembly.complete():
             what = "gave no whole answer: the stream was closed before its end"
             raise self._call.failure(StreamError(what), self.completion)
@@ -1330,8 +1345,11 @@ class Client:
     ) -> None:
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise ConfigError(f"max_retries must be a whole number from 0 up, not {max_retries!r}")
+        self._key = _Key(api_key)
+        del api_key  # a traceback may show locals
         url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
-        self._gateway, self._key = _Gateway(url, allow_http, ca_file), _Key(api_key)
+        self._gateway = _Gateway(url, allow_http, ca_file)
+        self._key.current()
         self._model, self._route, self._headers = model, route, _checked_headers(headers or {})
         self._timeout, self._deadline, self._ca_file = timeout, deadline, ca_file
         _Clock(timeout, deadline)  # which checks both
@@ -1340,6 +1358,8 @@ class Client:
         self._pool, self._max_retries = _Pool(self._gateway), max_retries
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_model"):
+            return "Client(...)"  # amid its making, in a traceback that shows locals
         key = "..." + (self._key.value[-4:] if len(self._key.value) > 8 else "")
         return f"Client({key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
 
@@ -1383,7 +1403,7 @@ class Client:
     def curl(self, /, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
         body = _chat_body(messages, stream, self._model, self._route, options)
-        flags = ["-N"] * stream + (["--cacert", str(self._ca_file)] if self._ca_file else [])
+        flags = ["-N"] * bool(stream) + (["--cacert", str(self._ca_file)] if self._ca_file else [])
         return _curl_command(self._gateway.url + "/chat/completions", body, self._headers, flags)
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
@@ -1402,11 +1422,10 @@ class Client:
 
         When the gateway cannot be reached, an older list is returned with a warning.
         """
-        key = self._key.current()
-        age, kept = self._cache.read(key)
+        call = self._call("GET", "/models")  # [seed]
+        age, kept = self._cache.read(call.key)
         if age <= _CACHE_SECONDS and not refresh:
             return kept
-        call = self._call("GET", "/models")  # [seed]
         try:
             data = call.send(_Call.json)
         except APIConnectionError as error:
@@ -1417,7 +1436,7 @@ class Client:
         listed = _as(dict, data).get("data", data)  # in an envelope or as it is [assumption]
         if not _are_dicts(listed):
             raise call.failure(BadResponseError("sent no list of models", body=data))
-        self._cache.write(key, listed)
+        self._cache.write(call.key, listed)
         return list(listed)
 
     def generation(self, generation_id: str, wait: float = 0.0) -> Json:
@@ -1452,14 +1471,15 @@ SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
 
 
 @functools.lru_cache(maxsize=1)  # what is under way keeps the last one until it ends
-def _made_for(*environment: str | None) -> Client:
+def _made_for(*environment: int) -> Client:
+    """By hashes, since a traceback may show the arguments."""
     return Client()
 
 
 def _client(**options: Any) -> Client:
     """The shared client, made anew when a variable of the environment has changed."""
     _check_names(options)
-    return _made_for(*map(os.environ.get, _VARIABLES))
+    return _made_for(*map(hash, map(os.environ.get, _VARIABLES)))
 
 
 def chat(messages: str | list[Json], **options: Any) -> Completion:

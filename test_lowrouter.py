@@ -16,6 +16,7 @@ stub, and `... serve` keeps a stub up for curl, the OpenAI SDK or any other clie
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import contextlib
 import copy
@@ -1039,6 +1040,12 @@ class Played(Clean):
         self.assertEqual((type(again), again.args), (type(error), error.args))
         return error
 
+    def assert_raises_again(self, stream: lowrouter.Stream, error: Exception) -> None:
+        """The same error, but a new one: a traceback would grow, and hold all its callers."""
+        again = self.failure(type(error), stream.result)
+        self.assertIsNot(again, error)
+        self.assertEqual((str(again), vars(again)), (str(error), vars(error)))
+
 
 # ---- answers ------------------------------------------------------------------------------------
 
@@ -1209,10 +1216,12 @@ class TestErrors(Played):
             403: lowrouter.PermissionDeniedError,
             404: lowrouter.NotFoundError,
             409: lowrouter.APIStatusError,
+            408: lowrouter.APIStatusError,
             413: lowrouter.APIStatusError,
             422: lowrouter.APIStatusError,
             429: lowrouter.RateLimitError,
             500: lowrouter.APIStatusError,
+            501: lowrouter.APIStatusError,
             503: lowrouter.NoProviderError,
             599: lowrouter.APIStatusError,
         }
@@ -1233,6 +1242,9 @@ class TestErrors(Played):
                 self.assertIn("127.0.0.1", str(error))
                 self.assertIn(str(status), str(error))
                 self.assertIn("no, because", str(error))
+                if kind is lowrouter.APIStatusError:
+                    passing = status >= 500 or status in (408, 409)
+                    self.assertIn("try later" if passing else "change the request", str(error))
 
     def test_error_bodies_of_any_shape_are_understood(self) -> None:
         html = "<html><body>Bad\ngateway</body></html>"
@@ -1250,6 +1262,7 @@ class TestErrors(Played):
             ('"text"', "text", None),
             ("\ufeff" + '{"error": "text"}', "text", None),
             (html, "Teapot", None),
+            ("\r\n" + html, "Teapot", None),
             ("", "Teapot", None),
             ("5", "5", None),
             ("null", "Teapot", None),
@@ -1292,6 +1305,7 @@ class TestErrors(Played):
             ("soon", None),
             ("Fri, 99 Foo 2024 99:99:99 GMT", None),
             ("1:2:3 Jan , 20", None),  # an IndexError in email.utils before Python 3.10
+            ("Fri, 01 Jan 2024 00:00:00 +9999999999999999", None),  # an OverflowError
             ("\u0663", None),
         ]
         client = self.client(max_retries=0)
@@ -1352,18 +1366,23 @@ class TestErrors(Played):
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
-        for answer in (
-            http({"error": "no"}, "400 Bad"),
-            http("no JSON"),
-            http(whole_answer()),
-            CUT,
+        begun = STREAM_HEAD + chunked(sse(delta("a"), done=False), end=False)
+        for call, answer in (
+            ("chat", http({"error": "no"}, "400 Bad")),
+            ("chat", http("no JSON")),
+            ("chat", http(whole_answer())),
+            ("chat", CUT),
+            ("stream", http({"error": "no"}, "400 Bad")),
+            ("stream", begun),
+            ("stream", begun + chunked(sse({"error": "no"}))),
         ):
-            with self.subTest(answer):
-                self.stub.play(answer)
+            with self.subTest(call, answer=answer):
+                self.stub.play(answer, CUT)
                 before, client = ours(), lowrouter.Client(KEY, base_url=self.stub.url)
                 with contextlib.suppress(lowrouter.LowRouterError), client:
-                    client.chat("Hi", route={"region": "x"}, tools=[])
-                del client
+                    answer = getattr(client, call)("Hi", route={"region": "x"}, tools=[])
+                    getattr(answer, "result", int)()
+                del client, answer
                 self.assertEqual(ours(), before)
 
     def test_a_proxy_that_wants_a_password_is_told(self) -> None:
@@ -2021,7 +2040,7 @@ class TestStreams(Played):
                 error = self.failure(lowrouter.StreamError, stream.result)
                 handed_out = error.completion and error.completion.text
                 self.assertEqual(handed_out, so_far)
-                self.assertIs(self.failure(lowrouter.StreamError, stream.result), error)
+                self.assert_raises_again(stream, error)
         self.assertEqual((len(self.stub.requests), self.waits), (len(table), []))
 
     def test_a_reset_is_an_error_with_the_text_so_far(self) -> None:
@@ -2077,7 +2096,7 @@ class TestStreams(Played):
                 if message:
                     self.assertEqual(error.message, message)
                     self.assertIn(message, str(error))
-                self.assertIs(self.failure(lowrouter.StreamError, stream.result), error)
+                self.assert_raises_again(stream, error)
 
     def test_an_error_before_the_first_chunk_has_no_completion(self) -> None:
         stream = self.stream(sse({"error": {"message": "no"}}))
@@ -2416,6 +2435,28 @@ class TestStreams(Played):
         before = stream.completion
         stream.result()
         self.assertEqual((before.text, before.message["tags"]), ("a", ["x"]))
+
+    def test_what_was_assembled_is_the_callers_to_change(self) -> None:
+        block = {"generation_id": "gen_1", "eco": {"energy_wh": 1}}
+        last = {"choices": [], "usage": {"total_tokens": 3}, "lowrouter": block}
+        whole = {**last, "choices": [{"message": {"content": "a"}}]}
+        for name, answer in (
+            ("stream", STREAM_HEAD + chunked(sse(delta("a", "stop"), last))),
+            ("document", http(whole)),
+        ):
+            with self.subTest(name):
+                self.stub.play(answer)
+                stream = self.client().stream("Hi")
+                chunks = list(stream)
+                for answer in (stream.completion, *chunks):
+                    answer.update(usage=None, object=None)
+                answer = stream.result()
+                answer.usage["total_tokens"] += 1
+                answer.eco["energy_wh"] += 1
+                answer.message["content"] = "b"
+                again = stream.result()
+                self.assertEqual((again.usage, again.eco), ({"total_tokens": 3}, {"energy_wh": 1}))
+                self.assertNotEqual(again.text, "b")
 
     def test_another_thread_may_look_at_what_has_come(self) -> None:
         events = [delta("a", **{f"new-{n}": n}) for n in range(2000)]
@@ -2979,7 +3020,18 @@ class TestModels(Played):
         client = self.client(cache_dir=os.fsencode(self.folder))
         self.stub.play(http({"data": [{"id": "m", "owner": KEY}]}))
         self.assertEqual(client.models()[0]["owner"], KEY)
+        odd = KEY + '"\\'  # which JSON escapes
+        self.stub.play(http({"data": [{"id": "m", "owner": odd}]}))
+        client = self.client(api_key=odd, cache_dir=self.folder)
+        self.assertEqual(client.models()[0]["owner"], odd)
         self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_list_that_cannot_be_written_as_json_is_no_error(self) -> None:
+        for depth in range(900, 1000, 5):  # what can be read is not always what can be written
+            text = '[{"id": "m", "deep": %s}]' % ("[" * depth + "]" * depth)
+            self.stub.play(http(text))
+            with contextlib.suppress(lowrouter.BadResponseError):
+                self.assertEqual(self.client().models()[0]["id"], "m")
 
     def test_no_draft_is_left_when_the_file_cannot_be_replaced(self) -> None:
         client = self.client(cache_dir=self.folder)
@@ -4472,6 +4524,9 @@ def all_that_shows(error):
         trace = traceback.format_exception(type(each), each, each.__traceback__)
         texts += [str(each), repr(each), repr(each.args), repr(vars(each)), "".join(trace)]
         texts += [repr(getattr(each, name, None)) for name in ("doc", "object", "line", "partial")]
+        for frame, _ in traceback.walk_tb(each.__traceback__):  # as reporters of errors show them
+            if frame.f_code.co_filename == lowrouter.__file__:
+                texts.append(repr(frame.f_locals))
         if getattr(each, "headers", None) is not None:
             texts.append(repr(each.headers.items()))
     return "\n".join(texts)
@@ -4656,6 +4711,44 @@ class TestKey(Timed):
                         self.client(api_key=None)
         for good in (KEY + "\n", f" \t{KEY}\r\n"):
             self.assertTrue(self.client(api_key=good).chat("Hello").text)
+
+    def test_no_setting_that_is_refused_and_no_call_that_fails_shows_the_key(self):
+        def shared(**variables):
+            with mock.patch.dict(os.environ, {"LOWROUTER_API_KEY": KEY, **variables}):
+                lowrouter.chat("Hello")
+
+        gone = self.client(base_url="http://127.0.0.1:9", max_retries=0)
+        for name, call in {
+            "key": lambda: lowrouter.Client(KEY + " " + KEY),
+            "key in the environment": lambda: shared(LOWROUTER_API_KEY=KEY + " " + KEY),
+            "url": lambda: self.client(base_url="ftp://x"),
+            "time-out": lambda: self.client(timeout="x"),
+            "headers": lambda: self.client(headers={"a b": "c"}),
+            "environment": lambda: shared(LOWROUTER_BASE_URL="ftp://x"),
+            "models": gone.models,
+            "generation": lambda: gone.generation("gen_1"),
+            "request": lambda: gone.request("GET", "/x"),
+            "stream": lambda: gone.stream("Hello"),
+        }.items():
+            with self.subTest(name):
+                try:
+                    call()  # not below assertRaises, which clears the frames
+                except lowrouter.LowRouterError as error:
+                    self.assert_key_is_hidden(all_that_shows(error))
+                else:
+                    self.fail("no error")
+
+    def test_the_public_beginning_of_a_key_is_no_secret(self):
+        begun = STREAM_HEAD + chunked(sse(delta("keys begin with "), delta("lr-sk-"), done=False))
+        self.stub.play(begun, CUT)
+        self.stub.play(http({"error": {"message": "no lr-sk-"}}, "400 Bad", x_hint="lr-sk-"))
+        with self.assertRaises(lowrouter.StreamError) as caught:
+            self.client().stream("Hello").result()
+        self.assertEqual(caught.exception.completion.text, "keys begin with lr-sk-")
+        with self.assertRaises(lowrouter.APIStatusError) as caught:
+            self.client().chat("Hello")
+        self.assertEqual(caught.exception.message, "no lr-sk-")
+        self.assertEqual(caught.exception.headers["X-Hint"], "lr-sk-")
 
     def test_a_client_does_not_show_its_key(self):
         client = self.client()
@@ -4944,6 +5037,8 @@ class TestTls(WithCertificates):
                     with mock.patch.dict(os.environ, {variable: path}):
                         with self.assertRaisesRegex(lowrouter.ConfigError, re.escape(path)):
                             self.ask(stub)
+        with self.assertRaisesRegex(lowrouter.ConfigError, "CA file 3 is of no use"):
+            self.ask(stub, ca_file=3)
         path = self.path("missing-folder")
         with mock.patch.dict(os.environ, SSL_CERT_DIR=path):
             with self.assertRaisesRegex(lowrouter.ConfigError, re.escape(path)):
@@ -5203,6 +5298,8 @@ class TestProxies(WithCertificates):
             ("gateway.test", "test", False),
             ("gateway.test", "eway.test", True),
             ("gateway.test", "gateway.test.org", True),
+            ("gateway.test", "gateway.test.", False),
+            ("gateway.test.", "gateway.test", False),
             ("gateway.test", "gateway", True),
             ("gateway.test", "*", False),
             ("gateway.test", "other.test,*", False),
@@ -5265,6 +5362,21 @@ class TestProxies(WithCertificates):
             with client, self.assertRaises(lowrouter.APIConnectionError):
                 client.chat("Hello")
             self.assertEqual(len(proxy.heads), 1)
+
+    def test_a_login_goes_to_the_proxy_byte_for_byte(self):
+        for login, sent in (
+            ("user:pass", b"user:pass"),
+            ("user", b"user:"),
+            (":pass", b":pass"),
+            ("u%40x:p%3A%e9", b"u@x:p:\xe9"),
+        ):
+            with self.subTest(login), Peer(tunnels(None, b"")) as proxy, only_loopback():
+                url = f" http://{login}@127.0.0.1:{proxy.port}\n"
+                with mock.patch.dict(os.environ, HTTPS_PROXY=url):
+                    client = lowrouter.Client(KEY, base_url="https://gateway.test", max_retries=0)
+                with client, self.assertRaises(lowrouter.APIConnectionError):
+                    client.chat("Hello")
+                self.assertTrue(proxy.heads[0].endswith(b"Basic " + base64.b64encode(sent)))
 
     def test_loopback_never_goes_through_a_proxy(self):
         with Peer(tunnels(None)) as proxy:
