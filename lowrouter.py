@@ -410,12 +410,13 @@ def _head(method: str, target: str, headers: dict[str, str]) -> bytes:
     return "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"]).encode("ascii")
 
 
-def _curl_command(url: str, body: Any, headers: dict[str, str], flags: list[str]) -> str:
-    """A chat call as a command for a POSIX shell, which takes the key from the environment."""
+def _curl_command(url: str, body: Any, headers: Any, flags: list[str], key_file: bool) -> str:
+    """A chat call as a command for a POSIX shell, which takes the key from where we do."""
     from shlex import join, quote
 
     shown = {"Content-Type": "application/json", **headers}
-    lines = [join(["curl", *flags, url]), '-H "Authorization: Bearer $LOWROUTER_API_KEY"']
+    key = '$(cat "$LOWROUTER_API_KEY_FILE")' if key_file else "$LOWROUTER_API_KEY"
+    lines = [join(["curl", *flags, url]), f'-H "Authorization: Bearer {key}"']
     lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in shown.items()]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
@@ -1404,7 +1405,8 @@ class Client:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
         body = _chat_body(messages, stream, self._model, self._route, options)
         flags = ["-N"] * bool(stream) + (["--cacert", str(self._ca_file)] if self._ca_file else [])
-        return _curl_command(self._gateway.url + "/chat/completions", body, self._headers, flags)
+        url, key_file = self._gateway.url + "/chat/completions", bool(self._key.file)
+        return _curl_command(url, body, self._headers, flags, key_file)
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Send any request below the base URL; return its JSON, None for an empty answer."""
@@ -1535,7 +1537,7 @@ _DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
 # refusals that all other lines would get, too, unless it is said that they pass
 _FATAL = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
-_KEPT = "what was written is kept: make room and run the same command again"
+_KEPT = "what was written is kept: once it can be, the same command goes on"
 _NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whole answer
 _PATIENCE = 5.0  # seconds that Ctrl-C leaves to what is under way: who waits longer presses again
 
@@ -1544,7 +1546,7 @@ def _put(text: str, stream: Any = None) -> None:
     """Write at once; what a terminal shows must not steer it."""
     stream = stream or sys.stdout
     if stream.isatty():
-        text = re.sub(_CONTROL, lambda match: match[0].encode("unicode_escape").decode(), text)
+        text = re.sub(_CONTROL, lambda match: f"\\u{ord(match[0]):04x}", text)  # also for JSON
     try:
         stream.write(text)
         stream.flush()
@@ -1591,7 +1593,7 @@ def _exit_status(error: BaseException) -> int:
     return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
 
 
-def _request(args: Any) -> Json:
+def _request(client: Client, args: Any) -> Json:
     """The body of --body, overridden by -p, and both by the options that have a name."""
     body: Any = {}
     if args.body == "-":
@@ -1605,17 +1607,19 @@ def _request(args: Any) -> Json:
     body.update({name: _parsed(value) for name, _, value in fields})
     prompts = [] if args.prompt == "-" else [args.prompt]
     if args.prompt == "-" or not sys.stdin.isatty():
-        prompts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
-    if any(prompts):
-        body["messages"] = [{"role": "user", "content": "\n\n".join(filter(None, prompts))}]
-    if not body.get("messages"):
+        with contextlib.suppress(OSError):  # below nohup it is no file to read
+            prompts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
+    asked = "\n\n".join(filter(None, prompts)) or body.get("messages")
+    if not asked:
         raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
-    if args.s:
-        body["messages"] = [{"role": "system", "content": args.s}, *body["messages"]]
+    body["messages"] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     pins = {"region": args.region, "provider": args.provider}
     pins = {name: pin for name, pin in pins.items() if pin is not None}
     if "" in (args.m, *pins.values()):
         raise ConfigError("-m, --region and --provider take a name: is a variable empty?")
+    client.curl(**{**body, "stream": False})  # refuses what is no body
+    if args.s:
+        body["messages"] = [{"role": "system", "content": args.s}, *body["messages"]]
     if pins:
         body["route"] = {**(body.get("route") or {}), **pins}
     return {**body, "model": args.m or body.get("model")}
@@ -1623,7 +1627,7 @@ def _request(args: Any) -> Json:
 
 def _chat(client: Client, args: Any) -> None:
     """Print the text as it comes, also what came before an error, and then what it took."""
-    body, shown, failure = _request(args), 0, None
+    body, shown, failure = _request(client, args), 0, None
     streams = body.pop("stream", None) is not False and not args.no_stream
     if args.curl:
         _put(client.curl(stream=streams, **body) + "\n")
@@ -1702,11 +1706,13 @@ def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, J
     lines: dict[str, int] = {}
     problems = []
     for number, line in filter(lambda each: each[1].strip(), enumerate(source, 1)):
-        job = job if isinstance(job := _parsed(line), dict) else {}
+        job = job if isinstance(job := _parsed(line), dict) else {"body": None}
         custom_id, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
         try:
+            if not isinstance(body, dict) or not isinstance(custom_id, str):
+                raise ConfigError("line and body are JSON objects, custom_id is a text")
             client.curl(**{"messages": None, **body, "stream": False})  # refuses what is no body
-            if lines.setdefault("" + custom_id, number) != number:
+            if lines.setdefault(custom_id, number) != number:
                 raise ConfigError(f"its custom_id is that of line {lines[custom_id]}")
             yield number, custom_id, body
         except (LowRouterError, TypeError) as error:
@@ -1718,7 +1724,7 @@ def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, J
 def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
     """Line, id and answer, None for a failure, of what is in OUT; a torn last line is mended."""
     out.seek(0)
-    for line in out:
+    for line in filter(bytes.strip, out):
         record, whole = _parsed(line), line.endswith(b"\n")
         try:
             answer = None if record["error"] else Completion(**record["response"]["body"])
@@ -1752,7 +1758,7 @@ def _rewrite(out: Any) -> str:
     for name, column in zip(_TOTALS.values(), zip(*spent)):
         given = [n for n in column if isinstance(n, (int, float)) and abs(n) < 1e15]  # no NaN
         none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
-        totals += f", {round(sum(given), 9):,} {name}{none}"
+        totals += f", {sum(given):,.12g} {name}{none}"
     return totals
 
 
@@ -1830,18 +1836,19 @@ class _Batch:
 
         pool, jobs = ThreadPoolExecutor(workers), itertools.islice(jobs, self.total)
         tasks = (pool.submit(self.ask, i, body) for _, i, body in jobs if not self.stop.is_set())
-        under_way = set(itertools.islice(tasks, workers))
+        under_way: set[Any] = set()
         try:
+            under_way.update(itertools.islice(tasks, workers))
             while under_way:
                 done = wait(under_way, return_when=FIRST_COMPLETED).done
                 self.write(done)
-                under_way = under_way - done | set(itertools.islice(tasks, len(done)))
-        except KeyboardInterrupt:
+                under_way -= done
+                under_way.update(itertools.islice(tasks, len(done)))
+        except (KeyboardInterrupt, ConfigError) as reason:
             self.stop.set()
             self.write(wait(under_way, _PATIENCE).done)
-            raise KeyboardInterrupt(
-                "interrupted; the same command goes on with the batch"
-            ) from None
+            why = "IN has changed" if isinstance(reason, ConfigError) else "interrupted"
+            raise type(reason)(f"{why}; the same command goes on with the batch") from None
 
 
 def _batch(client: Client, args: Any) -> int:
@@ -1859,8 +1866,9 @@ def _batch(client: Client, args: Any) -> int:
             raise ConfigError(f"{out.name} is in use: each run and shard needs its own") from None
         except (AttributeError, OSError):
             pass  # Windows, and file systems without locks
-        done = {custom_id for _, custom_id, answer in _results(out) if answer is not None}
-        todo = {i for n, i, _ in _jobs(source, client) if (n - part) % parts == 0 and i not in done}
+        last = {custom_id: answer is not None for _, custom_id, answer in _results(out)}
+        jobs = (job for job in _jobs(source, client) if (job[0] - part) % parts == 0)
+        todo = {custom_id for _, custom_id, _ in jobs if not last.get(custom_id)}
         source.seek(0)
         batch = _Batch(client, out, len(todo), args.q)
         try:

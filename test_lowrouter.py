@@ -6120,6 +6120,16 @@ class TestCurl(Clean):
                 self.assertEqual(theirs, sent)
                 self.assertEqual(theirs[3]["messages"], [{"role": "user", "content": prompt}])
 
+    def test_the_printed_command_takes_the_key_from_its_file(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "the key")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(KEY + "\n")
+            with mock.patch.dict(os.environ, LOWROUTER_API_KEY_FILE=path):
+                command = self.client(api_key=None).curl("Say hello")
+            variables = {"LOWROUTER_API_KEY": "", "LOWROUTER_API_KEY_FILE": path}
+            self.assertIn("Hello!", self.bash(command, **variables))
+
     def test_headers_of_the_client_are_printed_too(self):
         client = self.client(headers={"X-LowRouter-Region": "us-east", "X-Title": "it's `mine`"})
         output = self.bash(client.curl("Hello"))
@@ -6319,6 +6329,9 @@ class TestCommandLine(_Commands):
         self.assertEqual(self.sent()[0], {**body, "temperature": 0, "route": route})
         self.assertEqual(self.run_main("chat", "--body", path, "Say hello"), 0)
         self.assertEqual(self.out, "Hello!")
+        path = self.path("text.json", '{"messages": "Say hello"}')
+        self.assertEqual(self.run_main("chat", "--body", path, "-s", "Be brief."), 0)
+        self.assertEqual(self.out, "Hello!")
 
     def test_a_footer_tells_the_route_and_the_eco_numbers_to_a_terminal(self) -> None:
         self.run_main("chat", "-m", "mistral/mistral-small-3.2", "Hello", err=True)
@@ -6369,7 +6382,7 @@ class TestCommandLine(_Commands):
         self.assertEqual(self.raw, text.encode("utf-8"))
         self.stub.play(http({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}))
         self.run_main("chat", "Hello", out=True)
-        self.assertEqual(self.out, "\\x1b[2J\\x07\\x9b31m\\r\ta\nü\\x7f\n")
+        self.assertEqual(self.out, "\\u001b[2J\\u0007\\u009b31m\\u000d\ta\nü\\u007f\n")
 
     def test_exit_statuses_tell_a_script_whose_fault_it_is(self) -> None:
         refused = {"error": {"message": "no", "code": "c"}}
@@ -6464,6 +6477,8 @@ class TestCommandLine(_Commands):
             ("--deadline", "--deadline", "abc", "Hello"),
             ("route must", "--body", self.path("route.json"), "Hello"),
             ("messages must", "--body", self.path("five.json")),
+            ("messages must", "--body", self.path("five.json"), "-s", "Be brief."),
+            ("route must", "--body", self.path("route.json"), "--region", "eu", "Hello"),
         ):
             self.run_main("chat", *options)
             self.assertIn(word, self.err)
@@ -6605,6 +6620,10 @@ class TestCommandLine(_Commands):
         os.environ["LOWROUTER_CACHE_DIR"] = self.path("file", "") + "/cache"
         self.assertEqual(self.run_main("models"), 0)
         self.assertEqual(self.err, "")
+
+    def test_below_nohup_the_prompt_is_the_argument(self) -> None:
+        process = self.spawn_shell('"$0" "$@" 0>/dev/null', "chat", "Say hello")
+        self.assertEqual((self.finish(process), self.out), (0, "Hello!"))
 
     def test_closed_streams_are_no_traceback(self) -> None:
         for name in ("stdin", "stdout", "stderr"):
@@ -6774,11 +6793,15 @@ class TestBatch(_Commands):
         self.assertEqual(self.prompts().count("good"), 1)
         self.assertEqual(self.prompts().count("bad"), 2)
         self.assertIn(good, self.results())
+        with open(self.path("out.jsonl"), "a", encoding="utf-8") as file:
+            file.write(
+                "\n" + json.dumps({**bad, "custom_id": "good"}) + "\n"
+            )  # the last one counts
         source = self.lines(self.job("good"), self.job("bad"))
         self.assertEqual(self.batch(source), 0)
         self.assertEqual([each["error"] for each in self.results()], [None, None])
         self.assertEqual(self.batch(source), 0)
-        self.assertEqual(len(self.sent()), 4)
+        self.assertEqual(len(self.sent()), 5)
 
     def test_at_the_end_out_has_one_line_per_id(self) -> None:
         source = self.lines(*(self.job(f"id-{n}", model="no/such") for n in range(20)))
@@ -6797,7 +6820,8 @@ class TestBatch(_Commands):
             ([{"custom_id": "a", "body": "text"}], "line 1 "),
             ([{"prompt": "x"}], "line 1 "),
             (["[" * 5000], "line 1 "),
-            (["null"], "line 1 "),
+            (["null"], "line 1 .*JSON object"),
+            ([{"custom_id": "a", "body": None}], "line 1 .*JSON object"),
         )
         for jobs, words in table:
             with self.subTest(jobs=jobs):
@@ -7044,6 +7068,17 @@ class TestBatch(_Commands):
         self.assertEqual(kept, [f"id-{number}" for number in range(len(self.sent()))])
         self.assertLess(len(kept), 20)  # some more are sent before a busy machine sees the signal
 
+    def test_an_in_that_changes_meanwhile_loses_no_answer(self) -> None:
+        source, under_way, go = self.numbered(5000), threading.Event(), threading.Event()
+        self.stub.play(lambda sock: under_way.set(), Wait(go), http(self.answer()))
+        process = self.spawn("batch", source, self.path("out.jsonl"), "--workers", "1")
+        self.assertTrue(under_way.wait(10))
+        self.path("in.jsonl", "no request\n" * 9)
+        go.set()
+        self.assertEqual(self.finish(process), 2)
+        self.assertEqual(self.err.splitlines()[-1][:26], "lowrouter: IN has changed;")
+        self.assertEqual(len(self.results()), len(self.sent()))
+
     def test_a_second_ctrl_c_does_not_wait_for_a_stalled_gateway(self) -> None:
         under_way, go = threading.Event(), threading.Event()
         self.addCleanup(go.set)
@@ -7065,7 +7100,9 @@ class TestBatch(_Commands):
         folder = os.path.dirname(os.path.abspath(lowrouter.__file__))
         process = self.spawn("batch", source, out, "-q", code=code, cwd=folder)
         self.assertEqual(self.finish(process), 1)
-        self.assertRegex(self.err, r"\Alowrouter: .*out.jsonl .*too large.* run the same .*\n\Z")
+        self.assertRegex(
+            self.err, r"\Alowrouter: .*out.jsonl .*too large.* the same command .*\n\Z"
+        )
         written = self.size(out)
         self.assertGreater(written, 0)
         self.assertEqual(self.batch(source), 0)
