@@ -295,7 +295,7 @@ def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) 
 
 def _without(key: str, value: Any, depth: int = 99) -> Any:
     """What is quoted from outside, without the key, and so shallow that it pickles."""
-    if isinstance(value, (dict, list)) and not depth:
+    if not depth:
         return None
     if isinstance(value, dict):
         return {_without(key, k): _without(key, each, depth - 1) for k, each in value.items()}
@@ -311,7 +311,7 @@ def _without(key: str, value: Any, depth: int = 99) -> Any:
     text = value.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
     for size in range(len(key) - 1, _CUT_KEY_LENGTH - 1, -1):
         if text.endswith(key[:size]):
-            return text[:-size]
+            return text[:-size]  # a limit has cut the echo of the key in two
     return text
 
 
@@ -538,7 +538,7 @@ class _Clock:
 
     def enter(self, phase: str) -> None:
         """Begin "connect", "response" or "idle", the silence in a body, as of its first wait."""
-        self.phase, self.until = phase, 0.0
+        self.phase, self.until = phase, 0.0  # 0.0: nobody has waited yet
 
     def left(self) -> float:
         """Seconds for the next wait, always above 0."""
@@ -573,8 +573,10 @@ class _Socket(io.RawIOBase):
     """The ends of a socket; before every wait it asks the clock of the present call."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.sock, self.pid, self.may_end, self.began = sock, os.getpid(), False, False
-        self.clock: Any = clock  # None: there is nothing to receive
+        self.sock, self.pid = sock, os.getpid()
+        self.may_end = False  # whether the end of the connection ends the body
+        self.began = False  # whether a byte of the answer has come, so that the call was seen
+        self.clock: Any = clock  # None while the wire is kept: there is nothing to wait for
 
     def arm(self) -> None:
         """Bound the next wait; not for a millisecond's sake, since all threads queue for that."""
@@ -661,16 +663,16 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
     host, port, _ = gateway.proxy or (gateway.host, gateway.port, {})
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     clock.enter("connect")  # not before, since nothing bounds the resolver
-    failure = OSError("the name has no address")
-    for number, (*_, address) in enumerate(addresses):
+    for left, (*_, address) in zip(range(len(addresses), 0, -1), addresses):
         try:
-            share = clock.left() / (len(addresses) - number)
+            share = clock.left() / left
             sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
-        except OSError as error:
-            failure = error
-    raise failure
+        except OSError:
+            if left == 1:
+                raise
+    raise OSError("the name has no address")
 
 
 def _idle_seconds(monotonic: float, wall: float) -> float:
@@ -733,7 +735,7 @@ class _Pool:
         """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
         gateway = self.gateway
         clock.enter("connect")
-        clock.left()
+        clock.left()  # a deadline that has passed is told at once
         context = self.tls() if gateway.tls else None
         wire = _Wire(_dial(gateway, clock), clock)
         if not context:
@@ -755,19 +757,15 @@ class _Pool:
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
-_REMEDIES = {  # of time-outs
-    "connect": "check the base URL, the network and HTTPS_PROXY",
-    "response": "raise timeout, or stream the answer",
-    "idle": "raise timeout",
-    "deadline": "raise deadline",
-}
+_REMEDIES = {"connect": "check the base URL, the network and HTTPS_PROXY"}
 
 
 class _Call(urllib.request.Request):
     """One request and its answer; it owns its wire, and gives it back at the end of the body."""
 
     wire: _Wire | None = None  # as long as the call owns it
-    streams = sent = abandoned = False
+    sent = False  # to its last byte; an answer may come before, 413 say
+    streams = abandoned = False
     max_retries = 0
 
     def __init__(
@@ -797,14 +795,15 @@ class _Call(urllib.request.Request):
         billed = billed if self.sent and not again else ""
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if self.clock.end <= self.clock.until else phase
-            reason = f"took too long (time-out: {phase}): {_REMEDIES[phase]}{billed}"
+            more = "raise deadline" if phase == "deadline" else "raise timeout, or stream"
+            reason = f"took too long (time-out: {phase}): {_REMEDIES.get(phase, more)}{billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
         reason = f"{_LOST[phase]}: {str(cause).strip() or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
             return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
-        reason += billed or "; " + (_REMEDIES[phase] if phase == "connect" else "ask again")
+        reason += billed or "; " + _REMEDIES.get(phase, "ask again")
         if phase != "idle":
             return APIConnectionError(reason, retryable=again)
         kind = StreamError if self.streams else BadResponseError
@@ -818,7 +817,7 @@ class _Call(urllib.request.Request):
             answer.headers = _without(self.key, self.response.headers)
         told = {"body": self.shown() or None, "generation_id": answer.generation_id, **vars(error)}
         vars(error).update(_without(self.key, told), completion=answer or None)
-        what = str(error)
+        what = str(error)  # which may have been here before
         what = what if what.startswith(self.gateway.name) else f"{self.gateway.name} {what}"
         line = "".join(c if c.isprintable() else " " for c in _without(self.key, what))
         error.args = (line[:_MESSAGE_LIMIT],)
@@ -868,7 +867,7 @@ class _Call(urllib.request.Request):
             raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
         if "Transfer-Encoding" in headers and not response.chunked:
             raise BadResponseError("sent a body whose end is not clear: a proxy may have done it")
-        if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+        if headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise BadResponseError("sent an encoded answer: a proxy may have done it")
 
     def read(self) -> bytes:
@@ -934,7 +933,7 @@ class _Call(urllib.request.Request):
 
     def send(self, take: Callable[[_Call], T]) -> T:
         """Send the call until it is answered, and return what `take` makes of it."""
-        (pause, longest), errors = _BACKOFF, [LowRouterError()]
+        (pause, longest), errors = _BACKOFF, [LowRouterError()]  # a list: see the last line
         for tries_left in range(self.max_retries, -1, -1):
             try:
                 self.received.clear()
@@ -984,7 +983,7 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             names = re.findall(r"(?m)^event: ?(.*)", text)
             data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
             if data:
-                yield "".join(names[-1:]).strip(), "\n".join(data)
+                yield "".join(names[-1:]), "\n".join(data)
 
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
@@ -1001,7 +1000,7 @@ def _parts(before: Any, value: Any) -> list[Any]:
         parts = [{"type": "text", "text": before}]
     if isinstance(value, list):
         parts += value
-    elif parts and isinstance(_as(dict, parts[-1]).get("text"), bytearray):
+    elif isinstance(_as(dict, parts[-1]).get("text"), bytearray):
         parts[-1]["text"] += value.encode("utf-8", "surrogatepass")
     else:
         parts.append({"type": "text", "text": bytearray(value, "utf-8", "surrogatepass")})
@@ -1024,7 +1023,7 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
         if not value:
             kept[name] = value if kept.get(name) is None else kept[name]
             continue
-        before = kept.get(name) or None  # an empty list is still that of a chunk, not ours
+        before = kept.get(name) or None  # not an empty list, which is the chunk's, not ours
         if isinstance(before, bytearray) and isinstance(value, str):
             before += value.encode("utf-8", "surrogatepass")  # a str would be copied each time
         elif isinstance(value, dict) and depth:
@@ -1040,7 +1039,7 @@ def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
             kept[name] = _parts(before, value)
         elif isinstance(value, str) and name in _GROWING:
             kept[name] = bytearray(value, "utf-8", "surrogatepass")
-        elif not isinstance(before, bytearray):
+        elif not isinstance(before, (bytearray, list)):
             kept[name] = value
 
 
@@ -1228,10 +1227,11 @@ def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
         start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if start or len(first) > _BLOCK:
             break
-    streams = start in (b"d", b"e", b"i", b"r", b":")  # of data, event, id, retry or a comment
+    # of data, event, id, retry or a comment, whatever type a proxy has made of it
+    streams = start in (b"d", b"e", b"i", b"r", b":")
     if kind == "text/event-stream":
         streams = start not in (b"{", b"<")
-    if streams or (first and not start and kind == "text/plain"):
+    if streams:
         yield from _chunks(_events(itertools.chain([first], blocks)), assembly)
     else:
         call.received += first
@@ -1251,11 +1251,12 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
             call.clock.enter("idle")  # as of the next wait: the caller's own time is no silence
         if assembly.done:
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
-        elif not assembly.complete():
+        else:
             raise StreamError("ended the stream before the answer")
     except _FOREIGN as cause:
         error = call.failure(cause, assembly.completion())
-        lost = isinstance(error, (StreamError, APITimeoutError)) and error.message is None
+        lost = isinstance(error, (StreamError, APITimeoutError))
+        lost = lost and error.message is None  # by the road: the gateway has said nothing
         if not call.abandoned and not (lost and assembly.complete()):
             assembly.failed = error.__reduce__()
         del error
@@ -1534,8 +1535,8 @@ _COLUMNS = "context|pric|cost|region|capabilit|vision|_use$|_output$|^eco|band" 
 _CELL = 12  # characters that a cell keeps on a narrow terminal: of most names enough to tell
 _TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
 _DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line: a restart takes 15
-# refusals that all other lines would get, too, unless it is said that they pass
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line; 0.0: give up
+# refusals that all other lines would get, too, unless they pass or are of a line's own route
 _FATAL = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
 _KEPT = "what was written is kept: once it can be, the same command goes on"
 _NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whole answer
@@ -1578,17 +1579,19 @@ def _cell(value: Any) -> str:
 
 
 def _exit_status(error: BaseException) -> int:
-    status, partial = getattr(error, "status", None), getattr(error, "completion", None)
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None) is not None:
         return 2  # also a file that cannot be opened
-    if isinstance(error, RouteMismatchError) or getattr(error, "pinned", False):
+    if not isinstance(error, LowRouterError):
+        return 1
+    if isinstance(error, RouteMismatchError) or error.pinned:
         return 6
-    if status:
-        request = 3 if status in (401, 403) else 4
-        return 5 if status >= 500 or status in (408, 409, 429) else request
-    if partial and partial.text:
+    if error.status in (401, 403):
+        return 3
+    if error.status:
+        return 5 if error.status >= 500 or error.status in (408, 409, 429) else 4
+    if error.completion and error.completion.text:
         return 8
     return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
 
@@ -1730,6 +1733,7 @@ def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
             answer = None if record["error"] else Completion(**record["response"]["body"])
             custom_id = "" + record["custom_id"]  # a str, or it is not ours
         except (TypeError, KeyError):
+            # what `_parsed` gives back as it is was no JSON: a line of ours that was torn
             if whole or record is not line or not line.startswith(b'{"custom_id"'[: len(line)]):
                 raise ConfigError(f"{out.name} is no file that a batch has written") from None
             out.truncate(out.tell() - len(line))
@@ -1791,15 +1795,14 @@ class _Batch:
             try:
                 return _record(custom_id, self.client.chat(**{**body, **_NO_STREAM}))
             except LowRouterError as caught:
-                error: Any = caught
+                error = caught
             if isinstance(error, RateLimitError) and self.done > done:
                 pauses, done = iter(_PAUSES), self.done  # others get through, so this one shall
             pause = next(pauses)
-            wait = getattr(error, "retry_after", None) or pause
+            wait = error.retry_after or pause
             if isinstance(error, RateLimitError):  # the others have to wait, too
                 self.start = max(self.start, time.monotonic() + wait)
-            # 6: a pinned route is a matter of this line alone
-            if isinstance(error, _FATAL) and not (error.retryable or _exit_status(error) == 6):
+            if isinstance(error, _FATAL) and not (error.retryable or error.pinned):
                 self.stop.set()
             if not pause or not error.retryable or self.stop.wait(wait):
                 return _record(custom_id, error)
@@ -1930,21 +1933,19 @@ def _parser() -> Any:
     def command(run: Any, usage: str, what: str) -> Any:
         name, usage = usage.split()[0], f"lowrouter {usage} [options]"
         examples = "\n".join(line for line in _EXAMPLES if f"lowrouter {name} " in line)
-        parser = commands.add_parser(name, usage=usage, help=what, epilog=examples, **common)
+        parser = commands.add_parser(name, usage=usage, help=what, epilog=examples, **strict)
         parser.set_defaults(run=run)
-        return parser.add_argument
+        add: Any = parser.add_argument
+        silence = "seconds for connecting, the answer, a silence in it [600]"
+        add("--json", action="store_true", help="JSON on stdout, errors as JSON on stderr")
+        add("--timeout", type=float, default=_TIMEOUT, metavar="S", help=silence)
+        add("--deadline", type=float, metavar="S", help="seconds for a whole call")
+        add("--allow-http", action="store_true", help="plain http also to other machines")
+        return add
 
-    always = Parser(add_help=False)
-    common: Any = {"parents": [always], "allow_abbrev": False}
-    common["formatter_class"] = RawDescriptionHelpFormatter
-    add: Any = always.add_argument
-    silence = "seconds for connecting, the answer, a silence in it [600]"
-    add("--json", action="store_true", help="JSON on stdout, errors as JSON on stderr")
-    add("--timeout", type=float, default=_TIMEOUT, metavar="S", help=silence)
-    add("--deadline", type=float, metavar="S", help="seconds for a whole call")
-    add("--allow-http", action="store_true", help="plain http also to other machines")
+    strict: Any = {"allow_abbrev": False, "formatter_class": RawDescriptionHelpFormatter}
     more = "The key is taken from LOWROUTER_API_KEY. COMMAND --help tells its options."
-    parser = Parser("lowrouter", epilog=more, **{**common, "parents": []})
+    parser = Parser("lowrouter", epilog=more, **strict)
     version = f"lowrouter {__version__} (Python {sys.version.split()[0]})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -822,8 +822,8 @@ class TestPromises(unittest.TestCase):
 
     def test_it_does_not_grow_unseen(self) -> None:
         lines = self.source.splitlines()
-        self.assertLessEqual(len(lines), 1980)
-        self.assertLessEqual(os.path.getsize(self.path), 92 * 1024)
+        self.assertLessEqual(len(lines), 2010)
+        self.assertLessEqual(os.path.getsize(self.path), 94 * 1024)
         self.assertEqual([n for n, line in enumerate(lines, 1) if len(line) > 100], [])
         self.assertNotIn("\t", self.source)
 
@@ -1680,7 +1680,8 @@ class TestSettings(Played):
     def test_without_a_key_the_error_says_what_to_set(self) -> None:
         for key in (None, "", " \n"):
             with self.subTest(repr(key)):
-                self.assertIn("LOWROUTER_API_KEY", self.refusal(api_key=key))
+                self.assertRegex(self.refusal(api_key=key), "no API key: set LOWROUTER_API_KEY,")
+        self.assertIn("must be a str", self.refusal(api_key=5))
 
     def test_another_vendors_key_is_never_taken(self) -> None:
         names = ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "ANTHROPIC_API_KEY", "API_KEY")
@@ -1730,7 +1731,7 @@ class TestSettings(Played):
     def test_a_key_file_that_cannot_be_read_is_named_by_its_variable(self) -> None:
         for path in (self.key_file, os.path.dirname(self.key_file)):
             with mock.patch.dict(os.environ, {"LOWROUTER_API_KEY_FILE": path}):
-                self.assertIn("LOWROUTER_API_KEY_FILE", self.refusal())
+                self.assertIn("LOWROUTER_API_KEY_FILE cannot be read: ", self.refusal())
         self.write_key(" \n")
         with mock.patch.dict(os.environ, {"LOWROUTER_API_KEY_FILE": self.key_file}):
             self.refusal()
@@ -2006,6 +2007,7 @@ class TestStreams(Played):
             # name, body, whether its framing ends, the text when it is complete, else so far
             ("[DONE] alone", sse(), True, "", None),
             ("[DONE] without a reason", sse(a, b), True, "ab", None),
+            ("[DONE] and a blank", sse(a, done=False) + b"data: [DONE] \n\n", True, "a", None),
             ("[DONE], then cut", sse(a, b), False, "ab", None),
             ("a reason without [DONE]", sse(a, stop, done=False), True, "ac", None),
             ("a reason, then cut", sse(a, stop, done=False), False, "ac", None),
@@ -2099,8 +2101,15 @@ class TestStreams(Played):
                 self.assert_raises_again(stream, error)
 
     def test_an_error_before_the_first_chunk_has_no_completion(self) -> None:
-        stream = self.stream(sse({"error": {"message": "no"}}))
-        self.assertIsNone(self.failure(lowrouter.StreamError, next, stream).completion)
+        for beside in ({}, {"usage": {"total_tokens": 1}}):
+            stream = self.stream(sse({"error": {"message": "no"}, **beside}))
+            self.assertIsNone(self.failure(lowrouter.StreamError, next, stream).completion)
+
+    def test_an_event_that_is_no_object_is_in_the_body_of_the_error(self) -> None:
+        for event in (b"data: {\n\n", b"event: message\ndata: {\n\n"):
+            error = self.failure(lowrouter.StreamError, self.stream(event + sse()).result)
+            self.assertEqual(error.body, "{")
+        self.assertEqual(self.stream(b"event: other\ndata: {\n\n" + sse()).result().text, "")
 
     def test_a_json_answer_to_a_stream_is_handed_on_as_one_chunk(self) -> None:
         for content_type in ("application/json", "application/json; charset=utf-8", "text/plain"):
@@ -2123,7 +2132,8 @@ class TestStreams(Played):
 
     def test_a_stream_under_another_type_is_a_stream_also_behind_white_space(self) -> None:
         plain = STREAM_HEAD.replace(b"text/event-stream", b"text/plain")
-        for first in (b"\n\n", b" ", b"\r\n", b": ping\n\n"):
+        known = (b"id: 1\n\n", b"event: ping\n\n", b"retry: 9\n\n")
+        for first in (b"\n\n", b" ", b"\r\n", b": ping\n\n", *known):
             with self.subTest(first):
                 self.stub.play(plain + chunked(first, b"\n" + sse(delta("a"), delta("b", "stop"))))
                 self.assertEqual([chunk.text for chunk in self.client().stream("Hi")], ["a", "b"])
@@ -2399,6 +2409,9 @@ class TestStreams(Played):
             ),
             delta(content=[{"type": "text", "text": "x"}, {"type": "image"}, "odd"]),
             delta(deep={"a": {"b": {"c": {"d": {"e": {"f": [1]}}}}}}),
+            '{"choices": [{"delta": {"deep": %s1%s}}]}' % ('{"a": ' * 900, "}" * 900),
+            '{"choices": [{"delta": {"deep": %s1%s}}]}' % ("[" * 900, "]" * 900),
+            '{"deep": %s1%s}' % ('{"a": ' * 900, "}" * 900),
         ]
         client = self.client()
         for data in table:
@@ -2408,6 +2421,21 @@ class TestStreams(Played):
                 with contextlib.suppress(lowrouter.StreamError):
                     texts.extend(chunk.text for chunk in stream)
                 self.assertEqual(stream.completion.text, "".join(texts))
+
+    def test_what_is_no_text_does_not_join_a_list_of_parts(self) -> None:
+        stream = self.stream(sse(delta([{"type": "text", "text": "a"}]), delta(5), delta("b")))
+        self.assertEqual([chunk.text for chunk in stream], ["a", "", "b"])
+        self.assertEqual(stream.completion.text, "ab")
+
+    def test_a_chunk_stays_as_it_came(self) -> None:
+        call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+        first = delta("a", tool_calls=[], tags=[])
+        stream = self.stream(sse(first, delta(tool_calls=[call], tags=["x"])))
+        chunks = list(stream)
+        self.assertEqual(dict(chunks[0]), first)
+        self.assertEqual(stream.completion.tool_calls[0]["id"], "c")
+        self.assertEqual(chunks[0].headers["Content-Type"], "text/event-stream")
+        self.assertNotIn("lowrouter", stream.completion)
 
     def test_a_choice_that_comes_whole_in_a_chunk_is_taken(self) -> None:
         chunk = {"choices": [{"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}]}
@@ -3187,6 +3215,16 @@ class TestRequestMethod(Played):
             with self.subTest(args):
                 self.assertEqual(self.sent(*args), expected)
         self.assertNotIn("route", self.stub.requests[0].headers)
+        self.assertEqual(self.sent("GET", "/a", {"b": 1})[2], {"b": 1})
+        self.sent("POST", "/a")  # without a length some servers wait for a body
+        self.assertEqual(self.stub.requests[-1].headers["Content-Length"], "0")
+
+    def test_an_answer_to_head_has_no_body_whatever_its_length(self) -> None:
+        client = self.client(timeout=5)
+        for _ in range(2):
+            self.stub.play(head("200 OK", "Content-Length: 5"))
+            self.assertIsNone(client.request("HEAD", "/x"))
+        self.assertEqual(self.stub.connections, 1)
 
     def test_what_cannot_stand_in_a_url_is_percent_encoded(self) -> None:
         table = [
@@ -3629,6 +3667,14 @@ class TestConnections(Timed):
         self.assertEqual(stream.result().text, "whole")
         self.assertEqual(self.still_open(held, 0), 0)
 
+    def test_the_end_of_a_with_block_hangs_up(self):
+        held = []
+        self.stub.play(lambda sock: held.append(threading.current_thread()), http(whole_answer()))
+        with self.client() as client:
+            client.chat("Hello")
+            self.assertEqual(self.still_open(held, 1), 1)
+        self.assertEqual(self.still_open(held, 0), 0)
+
     def test_a_lost_kept_connection_is_replaced_once_where_nothing_can_be_billed(self):
         client = self.client(max_retries=0)
         client.chat("Hello")
@@ -3640,6 +3686,25 @@ class TestConnections(Timed):
         with self.assertRaises(lowrouter.APIConnectionError):
             client.request("GET", "/models")
         self.assertEqual(len(self.stub.requests), 5)
+
+    def test_a_post_that_was_not_sent_whole_is_sent_over_another_connection(self):
+        def serve(peer, sock):
+            if len(peer.heads) == 0:
+                peer.heads.append(sock.recv(1 << 16))
+                sock.sendall(http(whole_answer("first")))
+                sock.recv(1000)  # and closes, with the rest unread
+                return
+            received = sock.recv(1 << 16)
+            size = int(re.search(rb"Content-Length: (\d+)", received)[1])
+            size -= len(received.partition(b"\r\n\r\n")[2])
+            while size:
+                size -= len(sock.recv(min(size, 1 << 18)))
+            sock.sendall(http(whole_answer("second")))
+
+        with Peer(serve) as peer:
+            client = self.client(base_url=peer.url, max_retries=0)
+            self.assertEqual(client.chat("Hello").text, "first")
+            self.assertEqual(client.chat("x" * (16 << 20)).text, "second")
 
     def test_a_get_whose_answer_has_begun_is_not_sent_over_another_connection(self):
         client = self.client(max_retries=0)
@@ -3887,6 +3952,43 @@ class TestTime(Timed):
                 error = self.assert_times_out("connect", lambda client=client: client.chat("Hello"))
                 self.assertIn(f"127.0.0.1:{peer.port}", str(error))
 
+    def test_connecting_has_a_limit_of_its_own_whatever_the_time_out(self):
+        with mock.patch.object(lowrouter, "_CONNECT_SECONDS", 0.1):
+            with Peer(never_speaks) as peer:
+                client = self.remote(f"https://127.0.0.1:{peer.port}", timeout=60)
+                self.assert_times_out("connect", lambda: client.chat("Hello"))
+            go = threading.Event()
+            timer = threading.Timer(0.2, go.set)
+            self.stub.play(lambda sock: timer.start(), Wait(go), http(whole_answer()))
+            self.assertEqual(self.remote(self.stub.url[:-7], timeout=60).chat("Hi").text, "whole")
+
+    def test_connect_and_tls_have_one_limit_together(self):
+        def serve(peer, sock):
+            sock.recv(1 << 16)
+            peer.stop.wait(0.15)
+            sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            never_speaks(peer, sock)
+
+        with Peer(serve) as peer, mock.patch.dict(os.environ, HTTPS_PROXY=peer.url):
+            client = self.remote("https://gateway.test", timeout=0.2)
+            self.assert_times_out("connect", lambda: client.chat("Hello"), 0.2)
+
+    def test_an_upload_may_take_longer_than_a_wait_in_it(self):
+        def read_slowly(peer, sock):
+            received, size = b"", 0
+            while b"\r\n\r\n" not in received:
+                received += sock.recv(1 << 16)
+            size = int(re.search(rb"Content-Length: (\d+)", received)[1])
+            size -= len(received.partition(b"\r\n\r\n")[2])
+            while size:
+                peer.stop.wait(0.02 if size > 8 << 20 else 0)  # the end is in our buffers
+                size -= len(sock.recv(min(size, 1 << 18)))
+            sock.sendall(http(whole_answer()))
+
+        with Peer(read_slowly) as peer:
+            client = self.remote(peer.url, timeout=0.25)
+            self.assertEqual(client.chat("x" * (16 << 20)).text, "whole")
+
     def test_an_answer_that_does_not_begin_is_left_in_time(self):
         for name, steps in {
             "silence": [STALL],
@@ -4006,6 +4108,11 @@ class TestTime(Timed):
                 self.assert_times_out("deadline", client.models, 0)
         self.assertEqual(self.stub.connections, 0)
 
+    def test_a_deadline_that_has_passed_is_told_before_any_name_is_looked_up(self):
+        with mock.patch("socket.getaddrinfo", side_effect=AssertionError):
+            client = self.remote("http://gateway.invalid", deadline=-1, allow_http=True)
+            self.assert_times_out("deadline", lambda: client.chat("Hello"), 0)
+
     def test_a_wait_that_would_end_past_the_deadline_is_not_begun(self):
         for name, headers in (("backoff", {}), ("retry-after", {"retry_after": "5"})):
             with self.subTest(name):
@@ -4080,7 +4187,7 @@ class TestRetries(Timed):
         """How often a call is sent when each try gets `steps`, and the error at last."""
         self.waits.clear()
         before = len(self.stub.requests)
-        for _ in range(6):
+        for _ in range(8):
             self.stub.play(*steps)
         client = self.client(**settings)
         with self.assertRaises(lowrouter.LowRouterError) as caught:
@@ -4147,6 +4254,8 @@ class TestRetries(Timed):
             ("429 for long", [http("", "429 Slow", retry_after="61")], {}, False),
             ("503", [no], {}, True),
             ("503, pinned", [no], pinned, False),
+            ("429, pinned", [http("", "429 Slow")], pinned, True),
+            ("500, pinned", [http("", "500 Oops")], pinned, True),
             ("400", [http("", "400 No")], {}, False),
             ("refused", [], {"base_url": refused}, True),
             ("sent and lost", [CUT], {}, False),
@@ -4242,11 +4351,11 @@ class TestRetries(Timed):
         self.assertEqual((tries, type(error)), (1, lowrouter.RouteMismatchError))
 
     def test_the_waits_double_and_are_shortened_at_random(self):
-        self.tries(http("", "500 Oops"), max_retries=5)
-        self.assertEqual(len(self.waits), 5)
-        for wait, most in zip(self.waits, (0.5, 1, 2, 4, 8)):
+        self.tries(http("", "500 Oops"), max_retries=6)
+        self.assertEqual(len(self.waits), 6)
+        for wait, most in zip(self.waits, (0.5, 1, 2, 4, 8, 8)):
             self.assertTrue(most * 0.75 <= wait <= most, self.waits)
-        self.assertNotEqual(self.waits, [0.5, 1, 2, 4, 8])
+        self.assertNotEqual(self.waits, [0.5, 1, 2, 4, 8, 8])
         self.tries(http("", "500 Oops", retry_after="0"), max_retries=5)
         self.assertEqual(self.waits, [0] * 5)
 
@@ -4345,6 +4454,7 @@ class TestTruncation(Clean):
                     got = client.chat("Hello")
                 except lowrouter.LowRouterError as error:
                     self.assertIsNone(error.completion)
+                    self.assertNotIsInstance(error, lowrouter.StreamError)
                     if isinstance(error, lowrouter.BadResponseError) and error.body:
                         self.assertTrue(body.decode().startswith(error.body), (name, end))
                     continue
@@ -5221,6 +5331,7 @@ class TestProxies(WithCertificates):
         table = {
             "407": (head("407 Proxy Authentication Required", "Content-Length: 0"), 1, "407"),
             "407 with a body": (http(body, "407 No"), 1, "407"),
+            "401": (head("401 Unauthorized", "Content-Length: 0"), 1, "401"),
             "403": (head("403 Forbidden", "Content-Length: 0"), 3, "403"),
             "502": (http("<html>", "502 Bad Gateway"), 3, "502"),
             "redirect": (head("302 Found", "Location: http://x/"), 3, "302"),
@@ -6131,10 +6242,17 @@ class TestCurl(Clean):
             self.assertIn("Hello!", self.bash(command, **variables))
 
     def test_headers_of_the_client_are_printed_too(self):
-        client = self.client(headers={"X-LowRouter-Region": "us-east", "X-Title": "it's `mine`"})
+        headers = {"X-LowRouter-Region": "us-east", "X-Title": "it's `mine`", "X-Empty": ""}
+        client = self.client(headers=headers)
         output = self.bash(client.curl("Hello"))
         self.assertEqual(json.loads(output)["lowrouter"]["region"], "us-east")
         self.assertEqual(self.stub.requests[-1].headers["X-Title"], "it's `mine`")
+        self.assertEqual(self.stub.requests[-1].headers["X-Empty"], "")
+
+    def test_a_private_ca_is_printed_too(self):
+        command = self.client(ca_file="/a b/ca.pem").curl("Hello")
+        self.assertIn("--cacert '/a b/ca.pem'", command)
+        self.assertNotIn("--cacert", self.client().curl("Hello"))
 
 
 class TestRunner(Clean):
@@ -6344,6 +6462,9 @@ class TestCommandLine(_Commands):
         self.assertIn(record["eco"]["accuracy"], self.err)
         self.run_main("chat", "-v", "-m", "deepinfra/preview-1", "Hello")
         self.assertIn("Wh not given, gCO2e not given", self.err)
+        self.stub.play(http(whole_answer()))
+        self.assertEqual(self.run_main("chat", "-v", "Hello"), 0)
+        self.assertIn("tokens not given", self.err)
 
     def test_json_is_one_object_also_for_a_stream(self) -> None:
         for options in ([], ["--no-stream"]):
@@ -6392,6 +6513,8 @@ class TestCommandLine(_Commands):
             *((4, [http(refused, f"{status} No")], []) for status in (400, 402, 404, 413, 422)),
             (5, [http(refused, "429 Slow", retry_after="99")], []),
             (5, [http(refused, "500 Oh", retry_after="99")], []),
+            (5, [http(refused, "408 Oh", retry_after="99")], []),
+            (5, [http(refused, "409 Oh", retry_after="99")], []),
             (5, [http(refused, "503 Oh", retry_after="99")], []),
             (6, [http(refused, "503 Oh")], ["--region", "eu-west"]),
             (6, [http(refused, "503 Oh")], ["-p", 'route={"provider": "openai"}']),
@@ -6399,6 +6522,7 @@ class TestCommandLine(_Commands):
             (7, [STREAM_HEAD, CUT], []),
             (7, [STREAM_HEAD, chunked(b": ping\n\n", end=False), CUT], []),
             (1, [http("<html>", content_type="text/html")], []),
+            (7, [STREAM_HEAD, chunked(sse(delta(""), done=False), end=False), CUT], []),
             (8, [STREAM_HEAD, chunked(sse(delta("partial"), done=False), end=False), CUT], []),
         )
         for status, steps, options in table:
@@ -6460,6 +6584,8 @@ class TestCommandLine(_Commands):
             ["batch", *batch, "--shard", ""],
             ["batch", *batch, "--workers", ""],
             ["batch", *batch, "--workers", "inf"],
+            ["batch", *batch, "--workers", "0"],
+            ["batch", *batch, "--workers", "1001"],
             ["batch", self.path("missing.jsonl"), self.path("out.jsonl")],
             ["generation"],
             ["generation", ".."],
@@ -6542,6 +6668,13 @@ class TestCommandLine(_Commands):
         self.assertEqual(json.loads(self.out), lowrouter.models())
         self.run_main("models", "SCALEWAY")
         self.assertEqual(len(self.out.splitlines()), 2)
+        self.run_main("models", "scaleway")
+        self.assertEqual(len(self.out.splitlines()), 2)
+        self.stub.play(http([{"id": "Ü/B", "regions": ["eu-west", "us-east"]}]))
+        self.run_main("models", "--refresh", "ü/b")
+        self.assertEqual(self.out.split(), ["ID", "REGIONS", "Ü/B", "eu-west", "us-east"])
+        self.run_main("models", "--json")
+        self.assertIn('"Ü/B"', self.out)
         self.run_main("models", "nothing has this")
         self.assertEqual(self.out, "")
 
@@ -6856,6 +6989,10 @@ class TestBatch(_Commands):
             self.assertEqual(self.batch(source), 0)
             self.assertEqual(len(self.results()), 3)
         self.assertEqual(self.prompts().count("id-0"), 1)
+        with open(self.path("out.jsonl"), "wb") as file:
+            file.write(whole[:-1])  # a whole line, but for its end
+        self.assertEqual(self.batch(self.numbered(4)), 0)
+        self.assertEqual(len(self.results()), 4)
         foreign = (
             {"custom_id": "id-0", "response": None, "error": None},
             {"custom_id": ["id-0"], "response": {"body": {}}, "error": None},
