@@ -4762,6 +4762,8 @@ class TestKey(Timed):
                 self.stub.play(http(json.dumps(body)))
                 with self.assertRaises(lowrouter.BadResponseError) as caught:
                     self.client().models()
+                shown = json.loads(json.dumps(body).replace(KEY, "[key]"))
+                self.assertEqual(caught.exception.body, shown)
                 self.assert_key_is_hidden(all_that_shows(caught.exception))
 
     def test_a_key_in_json_escapes_is_hidden_in_what_does_not_parse(self):
@@ -6749,6 +6751,18 @@ class TestCommandLine(_Commands):
                     self.assertEqual(self.run_main("models"), 0)
                     self.assertEqual(made.call_args and made.call_args[0][0], folder)
 
+    def test_the_variable_names_another_cache(self) -> None:
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=self.path("xdg")):
+            self.assertEqual(self.run_main("models"), 0)
+        self.assertTrue(os.listdir(os.environ["LOWROUTER_CACHE_DIR"]))
+        self.assertFalse(os.path.exists(self.path("xdg")))
+
+    def test_a_command_tries_again_as_the_library_does(self) -> None:
+        for _ in range(2):
+            self.stub.play(http({"error": "no"}, "500 Oh", retry_after="0"))
+        self.assertEqual(self.run_main("chat", "Say hello"), 0)
+        self.assertEqual((self.out, len(self.sent())), ("Hello!", 3))
+
     def test_a_disk_that_cannot_be_written_is_no_error(self) -> None:
         os.environ["LOWROUTER_CACHE_DIR"] = self.path("file", "") + "/cache"
         self.assertEqual(self.run_main("models"), 0)
@@ -6834,7 +6848,7 @@ class TestCommandLine(_Commands):
         self.assertEqual(os.read(process.stdout.fileno(), 10), b"one")
         process.send_signal(signal.SIGINT)
         self.assertEqual(self.finish(process), 130)
-        self.assertEqual(self.err.count("\n"), 1)
+        self.assertEqual(self.err, "lowrouter: interrupted\n")
 
     def test_it_runs_as_a_file_as_a_module_and_from_a_zip(self) -> None:
         import zipfile
@@ -6913,7 +6927,7 @@ class TestBatch(_Commands):
         self.assertEqual((first["error"], first["response"]["status_code"]), (None, 200))
         self.assertEqual(lowrouter.Completion(first["response"]["body"]).text, "1\n2\n3")
         self.assertEqual(lowrouter.Completion(second["response"]["body"]).text, "Hello!")
-        self.assertIn("request_id", first["response"])
+        self.assertIsNone(first["response"]["request_id"])
         self.assertIn("openai/gpt-4o", [body["model"] for body in self.sent()])
 
     def test_what_is_done_is_not_sent_again_and_what_failed_is(self) -> None:
@@ -7000,7 +7014,8 @@ class TestBatch(_Commands):
             {"custom_id": "id-0", "response": [], "error": None},
         )
         before, texts = len(self.sent()), [json.dumps(each) + "\n" for each in foreign]
-        for text in ("notes\n", "notes", '{"a": 1}\n', '{"custom_id": "x"}\n', *texts):
+        torn = '{"custom_id": "x\n'  # that is a line of ours never
+        for text in ("notes\n", "notes", '{"a": 1}\n', '{"custom_id": "x"}\n', torn, *texts):
             self.path("out.jsonl", text)
             self.assertEqual(self.batch(source), 2)
             self.assertRegex(self.err, r"\Alowrouter: .*out.jsonl is no file .*\n\Z")
@@ -7030,6 +7045,32 @@ class TestBatch(_Commands):
         self.assertEqual(self.batch(self.numbered(1)), 9)
         self.assertEqual(len(self.sent()), 1)
         self.assertEqual(self.results()[0]["error"]["code"], "RateLimitError")
+
+    def test_a_line_is_given_up_after_six_tries_and_the_others_go_on(self) -> None:
+        jobs = [self.job("a"), self.job("b")]
+        for status in ("500 Oh", "429 Slow"):
+            with self.subTest(status):
+                before = len(self.stub.requests)
+                for _ in range(6):
+                    self.stub.play(http({"error": "no"}, status, retry_after="0.01"))
+                self.stub.play(http(self.answer()))
+                self.assertEqual(self.batch(self.lines(*jobs), "--workers", "1"), 9)
+                self.assertEqual(len(self.stub.requests) - before, 7)
+                self.assertIn("2 requests, 1 failed", self.err)
+                os.remove(self.path("out.jsonl"))
+
+    def test_a_line_that_is_refused_or_lost_does_not_stop_the_others(self) -> None:
+        lost = http(self.answer())[:-9]
+        refused = http({"error": "no"}, "404 No", x_request_id="req_1")
+        for status, steps in ((404, [refused]), (None, [lost, CUT])):
+            with self.subTest(status):
+                self.stub.play(*steps)
+                self.assertEqual(self.batch(self.numbered(10), "--workers", "1"), 9)
+                self.assertIn("10 requests, 1 failed", self.err)
+                response = self.results()[0]["response"]
+                self.assertEqual(response and response["status_code"], status)
+                self.assertEqual(response and response["request_id"], status and "req_1")
+                os.remove(self.path("out.jsonl"))
 
     def test_a_line_that_is_put_off_is_tried_again(self) -> None:
         for status in ("500 Oh", "429 Slow", "503 Oh"):
@@ -7090,11 +7131,11 @@ class TestBatch(_Commands):
 
     def test_in_and_out_are_two_files(self) -> None:
         line = json.dumps(self.job("a"))
-        source = self.path("in.jsonl", line)  # without an end of line: it looks torn
-        for out in (source, self.path("other.jsonl", line)):
+        source = self.path("in.jsonl", line[:-1])  # it looks torn
+        for out, text in ((source, line[:-1]), (self.path("other.jsonl", line), line)):
             self.assertEqual(self.run_main("batch", source, out), 2)
             with open(out, encoding="utf-8") as file:
-                self.assertEqual(file.read(), line)
+                self.assertEqual(file.read(), text)
         self.assertEqual(self.sent(), [])
 
     def test_what_a_killed_run_left_is_overwritten_and_removed(self) -> None:
@@ -7139,6 +7180,10 @@ class TestBatch(_Commands):
         self.assertLess(max(map(len, states[:-1])), 80)
         self.assertRegex(states[-1], r"\A\[##########\] 30 of 30, 0 failed, .*/s, ")
         os.remove(self.path("out.jsonl"))
+        with mock.patch.dict(os.environ, TERM="dumb"):
+            self.assertEqual(self.batch(source, err=True), 0)
+        self.assertEqual((self.err.count("\n"), self.err.count("\r")), (11, 0))
+        os.remove(self.path("out.jsonl"))
         self.assertEqual(self.batch(source, "-q", err=True), 0)
         self.assertEqual(self.err.count("\n"), 1)
 
@@ -7152,6 +7197,14 @@ class TestBatch(_Commands):
         energy = sum(answer.eco["energy_wh"] for answer in answers if answer.eco)
         self.assertIn(f"3 requests, 0 failed, {tokens} tokens", self.err)
         self.assertIn(f"{energy:.9g} Wh (1 gave none)", self.err)
+        self.assertNotIn("(0 gave none)", self.err)
+        os.remove(self.path("out.jsonl"))
+        for usage in ({"total_tokens": 10**9, "cost": 0.1}, {"total_tokens": 1e400, "cost": 0.2}):
+            self.stub.play(http({**self.answer(), "note": "ü", "usage": usage}))
+        self.assertEqual(self.batch(self.lines(self.job("a"), self.job("b")), "-q"), 0)
+        self.assertIn("0 failed, 1,000,000,000 tokens (1 gave none), 0.3 cost, ", self.err)
+        with open(self.path("out.jsonl"), encoding="utf-8") as file:
+            self.assertIn("ü", file.read())
 
     def test_killed_and_run_again_every_line_has_one_result_and_none_is_sent_twice(self) -> None:
         source, out = self.numbered(30), self.path("out.jsonl")
