@@ -1657,14 +1657,11 @@ def _chat(client: Client, args: Any) -> None:
         _put(_cell(told) + "\n", sys.stderr)
 
 
-def _table(models: list[Json], word: str) -> Iterator[str]:
-    """The models with `word` in their row, as wide as the terminal: the widest columns give way."""
+def _table(models: list[Json], names: list[str]) -> Iterator[str]:
+    """These columns of the models, as wide as the terminal: the widest ones give way."""
     from shutil import get_terminal_size
 
-    names = [name for model in models for name in model if re.search(_COLUMNS, name)]
-    names = ["id", *dict.fromkeys(names)]
     rows = sorted([_cell(model.get(name, "")) for name in names] for model in models)
-    rows = [row for row in rows if word.lower() in " ".join(row).lower()]
     rows = [[name.upper() for name in names], *rows] if rows else []
     widths = [max(map(len, column)) for column in zip(*rows)]
     width = get_terminal_size((10000, 24)).columns  # into a pipe nothing is cut
@@ -1681,7 +1678,10 @@ def _models(client: Client, args: Any) -> None:
         warnings.simplefilter("always")
         models = client.models(args.refresh)
     _put("".join(f"lowrouter: {each.message}\n" for each in caught), sys.stderr)
-    _put(_dumped(models) if args.json else "".join(_table(models, args.filter)))
+    names = [name for model in models for name in model if re.search(_COLUMNS, name)]
+    names, word = ["id", *dict.fromkeys(names)], args.filter.lower()
+    models = [m for m in models if word in _cell([m.get(name, "") for name in names]).lower()]
+    _put(_dumped(models) if args.json else "".join(_table(models, names)))
 
 
 def _tree(value: Any, indent: str = "") -> Iterator[str]:

@@ -6672,6 +6672,8 @@ class TestCommandLine(_Commands):
         self.assertEqual(len(self.out.splitlines()), 2)
         self.run_main("models", "scaleway")
         self.assertEqual(len(self.out.splitlines()), 2)
+        self.run_main("models", "scaleway", "--json")
+        self.assertEqual([m["id"].partition("/")[0] for m in json.loads(self.out)], ["scaleway"])
         self.stub.play(http([{"id": "Ü/B", "regions": ["eu-west", "us-east"]}]))
         self.run_main("models", "--refresh", "ü/b")
         self.assertEqual(self.out.split(), ["ID", "REGIONS", "Ü/B", "eu-west", "us-east"])
