@@ -663,14 +663,14 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
     host, port, _ = gateway.proxy or (gateway.host, gateway.port, {})
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     clock.enter("connect")  # not before, since nothing bounds the resolver
-    for left, (*_, address) in zip(range(len(addresses), 0, -1), addresses):
+    for untried, (*_, address) in zip(range(len(addresses), 0, -1), addresses):
         try:
-            share = clock.left() / left
+            share = clock.left() / untried
             sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except OSError:
-            if left == 1:
+            if untried == 1:
                 raise
     raise OSError("the name has no address")
 
@@ -867,7 +867,7 @@ class _Call(urllib.request.Request):
             raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
         if "Transfer-Encoding" in headers and not response.chunked:
             raise BadResponseError("sent a body whose end is not clear: a proxy may have done it")
-        if headers.get("Content-Encoding", "").lower() not in ("", "identity"):
+        if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
             raise BadResponseError("sent an encoded answer: a proxy may have done it")
 
     def read(self) -> bytes:
