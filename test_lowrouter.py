@@ -4154,6 +4154,15 @@ class TestTime(Timed):
                 client.chat("x" * (16 << 20))
         self.assertEqual((caught.exception.status, caught.exception.message), (413, "too long"))
 
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may throw away what has come")
+    def test_a_refusal_by_a_server_that_reads_no_more_is_seen(self):
+        def refuse(peer, sock):
+            sock.recv(1000)
+            sock.sendall(http({"error": {"message": "too long"}}, "413 Too Large"))
+
+        with Peer(refuse) as peer, self.assertRaisesRegex(lowrouter.APIStatusError, "too long"):
+            self.remote(peer.url, timeout=5).chat("x" * (16 << 20))
+
     def test_a_refusal_that_is_lost_in_a_reset_is_an_error_all_the_same(self):
         def refuse(peer, sock):
             sock.recv(1000)
