@@ -798,7 +798,7 @@ class _Call(urllib.request.Request):
             more = "raise deadline" if phase == "deadline" else "raise timeout, or stream"
             reason = f"took too long (time-out: {phase}): {_REMEDIES.get(phase, more)}{billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{_LOST[phase]}: {str(cause).strip() or type(cause).__name__}"
+        reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
