@@ -287,8 +287,9 @@ def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) 
     error = _as(dict, body).get("error") or body
     said = error if isinstance(error, dict) else {"message": error}
     message = str(said.get("message") or said.get("detail") or "")
-    if not message or message.lstrip().startswith("<"):
-        message = reason or "no reason was given"  # HTML says nothing in one line
+    if message.lstrip().startswith("<"):  # of a page its title
+        message = "".join(re.findall(r"(?is)<title>\s*(.*?)\s*</title>", message)[:1])
+    message = message or reason or "no reason was given"
     details.update(message=message, code=said.get("code") or said.get("type"), body=body)
     return kind(f"{what}: {message}", **details)
 
@@ -320,6 +321,8 @@ def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusErr
     passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
     advice = "try later" if passing or status > 500 else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
+    if status < 500 and body.lstrip().startswith("<"):
+        advice = "a proxy answered, not LowRouter"
     with contextlib.suppress(ValueError):
         body = _loads(body)
     error: APIStatusError = _refusal(kind, f"answered {status} ({advice})", body, response.reason)
@@ -795,13 +798,14 @@ class _Call(urllib.request.Request):
         billed = billed if self.sent and not again else ""
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if self.clock.end <= self.clock.until else phase
-            more = "raise deadline" if phase == "deadline" else "raise timeout, or stream"
+            more = "raise deadline" if phase == "deadline" else "raise timeout"
             reason = f"took too long (time-out: {phase}): {_REMEDIES.get(phase, more)}{billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
         reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
+            hint = "check the base URL" if cause.verify_code == 62 else hint  # for another host
             return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
         reason += billed or "; " + _REMEDIES.get(phase, "ask again")
         if phase != "idle":
@@ -854,8 +858,10 @@ class _Call(urllib.request.Request):
     def check(self) -> None:
         """Raise unless the gateway said yes, in the framing and the coding that we understand."""
         response, status, headers = self.response, self.response.status, self.response.headers
+        encoded = headers.get("Content-Encoding", "").strip().lower() not in ("", "identity")
         if status >= 400:
-            self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
+            if not encoded:
+                self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
             error = _status_error(response, self.shown())
             if self.pins and isinstance(error, NoProviderError):
                 error.pinned, error.retryable = True, False
@@ -867,8 +873,10 @@ class _Call(urllib.request.Request):
             raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
         if "Transfer-Encoding" in headers and not response.chunked:
             raise BadResponseError("sent a body whose end is not clear: a proxy may have done it")
-        if headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+        if encoded:
             raise BadResponseError("sent an encoded answer: a proxy may have done it")
+        if headers.defects and response.length is None and not response.chunked:
+            raise BadResponseError("sent a header that cannot be read: a proxy may have done it")
 
     def read(self) -> bytes:
         """Return bytes as soon as there are some, and b"" at the true end of the body."""
@@ -924,10 +932,11 @@ class _Call(urllib.request.Request):
             del self.received[_ERROR_LIMIT:]  # 50 MB are in memory twice, not three times
             data = _loads(text)
         except ValueError:
-            html = self.received.lstrip().startswith(b"<")
-            what = "HTML: a proxy answered, not LowRouter" if html else "no JSON"
+            start, html = self.shown()[:99].lstrip(), "HTML: a proxy answered, not LowRouter"
+            what = html if start.startswith("<") else f"no JSON, or a part of it: {start}"
             raise BadResponseError(f"sent {what}") from None
-        if "generation_id" not in _as(dict, data) and _as(dict, data).get("error"):
+        said = _as(dict, data)
+        if "generation_id" not in said and (said.get("error") or said.get("object") == "error"):
             raise _refusal(BadResponseError, "failed", data)
         return data
 
@@ -982,8 +991,11 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
         else:
             names = re.findall(r"(?m)^event: ?(.*)", text)
             data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
+            odd = re.match(r"(?:error:|(?=[{<]))\s*(.*)", text, re.S)
             if data:
                 yield "".join(names[-1:]), "\n".join(data)
+            elif odd:  # a field of llama.cpp, or what a proxy wrote into the stream [assumption]
+                yield "error", odd[1]
 
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
@@ -1114,7 +1126,7 @@ def _failure(answer: Json) -> Json | None:
     """What tells that an answer failed: an error in it or in a choice, or "error" as a reason."""
     choices = [_as(dict, choice) for choice in _as(list, answer.get("choices"))]
     for each in (answer, *choices):
-        if each.get("error"):
+        if each.get("error") or each.get("object") == "error":
             return each
     return answer if "error" in [choice.get("finish_reason") for choice in choices] else None
 
@@ -1211,7 +1223,7 @@ def _whole(call: _Call) -> Completion:
     """The completion that comes as one JSON object."""
     completion = _checked(call, call.json())
     if not isinstance(completion.get("choices"), list):
-        raise BadResponseError("sent no chat completion")
+        raise _refusal(BadResponseError, "sent no chat completion", completion)
     failed = _failure(completion)
     if failed:
         raise _refusal(BadResponseError, "failed in its answer", failed, completion=completion)
@@ -1260,7 +1272,7 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
         if not call.abandoned and not (lost and assembly.complete()):
             assembly.failed = error.__reduce__()
         del error
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt, SystemExit):  # of a handler of signals
         call.close()
         raise
     call.close()
@@ -1310,8 +1322,8 @@ class Stream:
             self._chunks.close()
             self._call.close()
 
-    def __iter__(self) -> Iterator[Chunk]:
-        return self._chunks
+    def __iter__(self) -> Stream:
+        return self
 
     def __next__(self) -> Chunk:
         return next(self._chunks)
@@ -1650,7 +1662,8 @@ def _chat(client: Client, args: Any) -> None:
     if failure:
         raise failure
     if args.v or sys.stderr.isatty():
-        told = {n: getattr(answer, n) for n in ("generation_id", "model", "provider", "region")}
+        names = "generation_id model provider region finish_reason".split()
+        told = {name: getattr(answer, name) for name in names}
         usage, eco = answer.usage or {}, answer.eco or {}
         told.update({"tokens": usage.get("total_tokens"), "Wh": eco.get("energy_wh")})
         told.update({"gCO2e": eco.get("carbon_g"), "accuracy": eco.get("accuracy")})
