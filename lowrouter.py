@@ -993,7 +993,7 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
             odd = re.match(r"(?:error:|(?=[{<]))\s*(.*)", text, re.S)
             if data:
-                yield "".join(names[-1:]), "\n".join(data)
+                yield "".join(names[-1:]).strip(), "\n".join(data)
             elif odd:  # a field of llama.cpp, or what a proxy wrote into the stream [assumption]
                 yield "error", odd[1]
 

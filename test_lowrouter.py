@@ -2087,7 +2087,7 @@ class TestStreams(Played):
             ("text", sse({"error": "overloaded"}), "overloaded", None),
             ("beside choices", sse({"error": said, "choices": [failed]}), "overloaded", "upstream"),
             ("event", b"event: error\n" + sse({"error": said}), "overloaded", "upstream"),
-            ("bare event", b"event: error\n" + sse(said), "overloaded", "upstream"),
+            ("bare event", b"event:  error\n" + sse(said), "overloaded", "upstream"),
             ("event of text", b"event: error\n" + sse("overloaded"), "overloaded", None),
             ("reason", sse({"choices": [failed]}), None, None),
             ("reason of choice 1", sse({"choices": [{**failed, "index": 1}]}), None, None),
