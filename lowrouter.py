@@ -1271,7 +1271,6 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
         lost = lost and error.message is None  # by the road: the gateway has said nothing
         if not call.abandoned and not (lost and assembly.complete()):
             assembly.failed = error.__reduce__()
-        del error
     except (Exception, KeyboardInterrupt, SystemExit):  # of a handler of signals
         call.close()
         raise

@@ -2971,6 +2971,7 @@ class TestModels(Played):
         (path,) = self.files()
         if os.name == "posix":
             self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            self.assertEqual(os.stat(self.folder).st_mode & 0o777, 0o700)
         with open(path, encoding="utf-8") as file:
             text = file.read()
         for part in (KEY, KEY[8:24], KEY[-8:]):
@@ -3902,6 +3903,8 @@ class TestTime(Timed):
             call()
         self.assertEqual(caught.exception.phase, phase)
         self.assertIn(phase, str(caught.exception))
+        remedies = {"connect": "check the base URL", "deadline": "raise deadline"}
+        self.assertIn(remedies.get(phase, "raise timeout"), str(caught.exception))
         return caught.exception
 
     def remote(self, url, **settings):
