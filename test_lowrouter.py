@@ -1290,6 +1290,11 @@ class TestErrors(Played):
                 if message is not None:
                     self.assertEqual(error.message, message)
 
+    def test_a_page_of_a_gateway_that_is_down_says_try_later(self) -> None:
+        self.stub.play(http("<html><title>502</title>", "502 Bad Gateway"))
+        error = self.failure(lowrouter.APIStatusError, self.client(max_retries=0).chat, "Hi")
+        self.assertIn("502 (try later): 502", str(error))
+
     def test_retry_after_is_seconds_a_date_or_nothing(self) -> None:
         now = 1_700_000_000.0
         table = [
