@@ -4018,7 +4018,7 @@ class TestTime(Timed):
             sock.sendall(http(whole_answer()))
 
         with Peer(read_slowly) as peer:
-            client = self.remote(peer.url, timeout=0.25)
+            client = self.remote(peer.url, timeout=0.5)
             self.assertEqual(client.chat("x" * (16 << 20)).text, "whole")
 
     def test_an_answer_that_does_not_begin_is_left_in_time(self):
