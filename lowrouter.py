@@ -282,6 +282,10 @@ def _loads(text: str) -> Any:
     return value
 
 
+def _is_error(data: Any) -> bool:
+    return bool(_as(dict, data).get("error")) or _as(dict, data).get("object") == "error"
+
+
 def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) -> Any:
     """An error with what its body says, whose shape is not documented [assumption]."""
     error = _as(dict, body).get("error") or body
@@ -760,7 +764,6 @@ class _Pool:
 
 _FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
-_REMEDIES = {"connect": "check the base URL, the network and HTTPS_PROXY"}
 
 
 class _Call(urllib.request.Request):
@@ -796,10 +799,11 @@ class _Call(urllib.request.Request):
         again = self.get_method() == "GET" or phase == "connect"
         billed = "; the call may have been billed, so it is not sent again"
         billed = billed if self.sent and not again else ""
+        check = "check the base URL, the network and HTTPS_PROXY" if phase == "connect" else ""
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if self.clock.end <= self.clock.until else phase
-            more = "raise deadline" if phase == "deadline" else "raise timeout"
-            reason = f"took too long (time-out: {phase}): {_REMEDIES.get(phase, more)}{billed}"
+            remedy = "raise deadline" if phase == "deadline" else check or "raise timeout"
+            reason = f"took too long (time-out: {phase}): {remedy}{billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
         reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -807,7 +811,7 @@ class _Call(urllib.request.Request):
             hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
             hint = "check the base URL" if cause.verify_code == 62 else hint  # for another host
             return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
-        reason += billed or "; " + _REMEDIES.get(phase, "ask again")
+        reason += billed or "; " + (check or "ask again")
         if phase != "idle":
             return APIConnectionError(reason, retryable=again)
         kind = StreamError if self.streams else BadResponseError
@@ -935,8 +939,7 @@ class _Call(urllib.request.Request):
             start, html = self.shown()[:99].lstrip(), "HTML: a proxy answered, not LowRouter"
             what = html if start.startswith("<") else f"no JSON, or a part of it: {start}"
             raise BadResponseError(f"sent {what}") from None
-        said = _as(dict, data)
-        if "generation_id" not in said and (said.get("error") or said.get("object") == "error"):
+        if "generation_id" not in _as(dict, data) and _is_error(data):
             raise _refusal(BadResponseError, "failed", data)
         return data
 
@@ -991,11 +994,10 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
         else:
             names = re.findall(r"(?m)^event: ?(.*)", text)
             data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
-            odd = re.match(r"(?:error:|(?=[{<]))\s*(.*)", text, re.S)
             if data:
                 yield "".join(names[-1:]).strip(), "\n".join(data)
-            elif odd:  # a field of llama.cpp, or what a proxy wrote into the stream [assumption]
-                yield "error", odd[1]
+            elif odd := re.match(r"(?:error:|(?=[{<]))\s*(.*)", text, re.S):
+                yield "error", odd[1]  # a field of llama.cpp, or a proxy's words [assumption]
 
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
@@ -1126,7 +1128,7 @@ def _failure(answer: Json) -> Json | None:
     """What tells that an answer failed: an error in it or in a choice, or "error" as a reason."""
     choices = [_as(dict, choice) for choice in _as(list, answer.get("choices"))]
     for each in (answer, *choices):
-        if each.get("error") or each.get("object") == "error":
+        if _is_error(each):
             return each
     return answer if "error" in [choice.get("finish_reason") for choice in choices] else None
 
