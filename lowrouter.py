@@ -66,6 +66,8 @@ _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs 
 _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
+_PROBE_SECONDS = 60  # between signs of life; NATs forget who is silent from about 240 s on
+_KEEPALIVE = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")
 _FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
@@ -282,22 +284,6 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _is_error(data: Any) -> bool:
-    return bool(_as(dict, data).get("error")) or _as(dict, data).get("object") == "error"
-
-
-def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) -> Any:
-    """An error with what its body says, whose shape is not documented [assumption]."""
-    error = _as(dict, body).get("error") or body
-    said = error if isinstance(error, dict) else {"message": error}
-    message = str(said.get("message") or said.get("detail") or "")
-    if message.lstrip().startswith("<"):  # of a page its title
-        message = "".join(re.findall(r"(?is)<title>\s*(.*?)\s*</title>", message)[:1])
-    message = message or reason or "no reason was given"
-    details.update(message=message, code=said.get("code") or said.get("type"), body=body)
-    return kind(f"{what}: {message}", **details)
-
-
 def _without(key: str, value: Any, depth: int = 99) -> Any:
     """What is quoted from outside, without the key, and so shallow that it pickles."""
     if not depth:
@@ -318,6 +304,22 @@ def _without(key: str, value: Any, depth: int = 99) -> Any:
         if text.endswith(key[:size]):
             return text[:-size]  # a limit has cut the echo of the key in two
     return text
+
+
+def _is_error(data: Any) -> bool:
+    return bool(_as(dict, data).get("error")) or _as(dict, data).get("object") == "error"
+
+
+def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) -> Any:
+    """An error with what its body says, whose shape is not documented [assumption]."""
+    error = _as(dict, body).get("error") or body
+    said = error if isinstance(error, dict) else {"message": error}
+    message = str(_without("", said.get("message") or said.get("detail") or ""))
+    if message.lstrip().startswith("<"):  # of a page its title
+        message = "".join(re.findall(r"(?i)<title>([^<]*)", message)[:1]).strip()
+    message = message or reason or "no reason was given"
+    details.update(message=message, code=said.get("code") or said.get("type"), body=body)
+    return kind(f"{what}: {message}", **details)
 
 
 def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
@@ -666,15 +668,19 @@ def _trusting(gateway: _Gateway) -> ssl.SSLContext:
 
 
 def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
-    """Try the addresses in turn, each with its share of the time, since one may be dead."""
+    """Try the addresses in turn, each in half of the time that is left, since one may be dead."""
     host, port, _ = gateway.proxy or (gateway.host, gateway.port, {})
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     clock.enter("connect")  # not before, since nothing bounds the resolver
     for untried, (*_, address) in zip(range(len(addresses), 0, -1), addresses):
         try:
-            share = clock.left() / untried
+            share = clock.left() / min(untried, 2)
             sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option in _KEEPALIVE:  # named as the system has them
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _PROBE_SECONDS)
             return sock
         except OSError:
             if untried == 1:
@@ -752,9 +758,10 @@ class _Pool:
             wire.socket.send(_head("CONNECT", gateway.target, headers))
             status = wire.answer("HEAD").status  # whose head is all there is, too
             if not 200 <= status < 300:
-                remedy = "for 401 and 407 put user and password into HTTPS_PROXY"
-                what = f"was refused by the proxy ({status}; {remedy})"
-                raise APIConnectionError(what, retryable=status not in (401, 407))
+                login = status in (401, 407)
+                remedy = "put user and password into HTTPS_PROXY" if login else "check the base URL"
+                what = f"was refused by the proxy ({status}): {remedy}"
+                raise APIConnectionError(what, retryable=not login)
         wire.socket.arm()
         sock = context.wrap_socket(wire.socket.sock, server_hostname=gateway.host)
         return _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
@@ -802,7 +809,8 @@ class _Call(urllib.request.Request):
         check = "check the base URL, the network and HTTPS_PROXY" if phase == "connect" else ""
         if isinstance(cause, (socket.timeout, TimeoutError)):
             phase = "deadline" if self.clock.end <= self.clock.until else phase
-            remedy = "raise deadline" if phase == "deadline" else check or "raise timeout"
+            remedy = "raise deadline" if phase == "deadline" else "raise timeout"
+            remedy = f"{check}, or {remedy}" if check else remedy
             reason = f"took too long (time-out: {phase}): {remedy}{billed}"
             return APITimeoutError(reason, phase=phase, retryable=again)
         reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
@@ -884,7 +892,8 @@ class _Call(urllib.request.Request):
 
     def read(self) -> bytes:
         """Return bytes as soon as there are some, and b"" at the true end of the body."""
-        block = self.response.read1(_BLOCK)  # read(n) would wait for n bytes
+        # read1, since read(n) would wait for n bytes; without a wire the end has been seen
+        block = self.response.read1(_BLOCK) if self.wire else b""
         if self.response.chunked and (self.response.chunk_left or 0) < 0:
             raise http.client.IncompleteRead(b"")  # for http.client -5 is the size of a chunk
         wire = self.wire
@@ -996,7 +1005,7 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
             if data:
                 yield "".join(names[-1:]).strip(), "\n".join(data)
-            elif odd := re.match(r"(?:error:|(?=[{<]))\s*(.*)", text, re.S):
+            elif odd := re.match(r"\n?(?:error:|(?=[{<]))\s*(.*)", text, re.S):
                 yield "error", odd[1]  # a field of llama.cpp, or a proxy's words [assumption]
 
 
@@ -1816,7 +1825,8 @@ class _Batch:
             wait = error.retry_after or pause
             if isinstance(error, RateLimitError):  # the others have to wait, too
                 self.start = max(self.start, time.monotonic() + wait)
-            if isinstance(error, _FATAL) and not (error.retryable or error.pinned):
+            lost = isinstance(error, APIConnectionError) and not pause  # six tries to connect
+            if lost or (isinstance(error, _FATAL) and not (error.retryable or error.pinned)):
                 self.stop.set()
             if not pause or not error.retryable or self.stop.wait(wait):
                 return _record(custom_id, error)
@@ -1899,7 +1909,7 @@ def _batch(client: Client, args: Any) -> int:
             with contextlib.suppress(OSError):
                 out.close()  # which fails again, and then had the last word
             raise OSError(f"{args.out} cannot be written ({error.strerror}); {_KEPT}") from None
-    hint = f", {len(todo) - batch.done} not sent; first: {batch.problem}; the same command goes on"
+    hint = f", {len(todo) - batch.done} not sent; first: {batch.problem}; the same command retries"
     _put(totals + hint * bool(batch.failed) + "\n", sys.stderr)
     return 9 if batch.failed else 0
 

@@ -1195,11 +1195,12 @@ class TestErrors(Played):
                     self.assertEqual(error.headers["x-lowrouter-region"], "eu-west")
 
     def test_errors_that_quote_deep_json_pickle(self) -> None:
-        for depth in (50, 300, 500, 700, 900):
+        for depth in (50, 300, 500, 700, 900, 60_000):  # from Python 3.14 on that is JSON, too
             deep = "[" * depth + "]" * depth
             for name, step in {
                 "refusal": http(f'{{"error": {{"message": "no", "code": {deep}}}}}', "400 No"),
                 "answer": http(f'{{"error": {{"message": "no", "metadata": {deep}}}}}'),
+                "message": http(f'{{"error": {{"message": {deep}}}}}'),
                 "no answer": http(deep),
             }.items():
                 with self.subTest(name, depth=depth):
@@ -1264,6 +1265,7 @@ class TestErrors(Played):
             (html, "Teapot", None),
             ("\r\n" + html, "Teapot", None),
             ("<html><title>\n Sign in </title>", "Sign in", None),
+            ("<html><title>" + " " * 60_000, "Teapot", None),  # to search in it takes no minutes
             ("", "Teapot", None),
             ("5", "5", None),
             ("null", "Teapot", None),
@@ -2100,6 +2102,7 @@ class TestStreams(Played):
             ("vLLM's", sse({"object": "error", **said}), "overloaded", "upstream"),
             ("a field", b"error: " + json.dumps(said).encode() + b"\n\n", "overloaded", "upstream"),
             ("a document", b'{"error": "overloaded"}\n\n' + sse(), "overloaded", None),
+            ("behind blank lines", b'\n{"error": "overloaded"}\n\n', "overloaded", None),
             ("a page", b"<html>\n<title>overloaded</title></html>", "overloaded", None),
         ]
         for name, failure, message, code in table:
@@ -2159,7 +2162,7 @@ class TestStreams(Played):
             ({"object": "list"}, "application/json", ""),
             ("[]", "application/json", ""),
             ("{", "application/json", "JSON"),
-            ("", "application/json", ""),
+            ("", "application/json", "sent no chat completion"),
             ("<html>Sign in</html>", "text/html", "a proxy answered, not LowRouter"),
             ("\n <!doctype html>", "text/plain", "a proxy answered, not LowRouter"),
             ("null", "application/json", ""),
@@ -2167,10 +2170,11 @@ class TestStreams(Played):
         client = self.client()
         for body, content_type, hint in table:
             with self.subTest(repr(body)):
-                self.stub.play(http(body, content_type=content_type))
-                error = self.failure(lowrouter.BadResponseError, client.stream, "Hi")
-                self.assertIn(hint, str(error))
-                self.assertIsNone(error.completion)
+                for headers in ({}, {"connection": "close"}):
+                    self.stub.play(http(body, content_type=content_type, **headers))
+                    error = self.failure(lowrouter.BadResponseError, client.stream, "Hi")
+                    self.assertIn(hint, str(error))
+                    self.assertIsNone(error.completion)
 
     def test_white_space_that_comes_first_changes_nothing(self) -> None:
         failed, kind = {"error": {"message": "overloaded"}}, "Content-Type: application/json"
@@ -3520,6 +3524,22 @@ class TestConnections(Timed):
         self.assertEqual(self.stub.connections, 1)
         self.assertEqual(len(self.stub.requests), 100)
 
+    def test_a_connection_shows_signs_of_life_before_a_nat_forgets_it(self):
+        real, made = socket.create_connection, []
+
+        def connect(*args):
+            made.append(real(*args))
+            return made[-1]
+
+        with mock.patch("socket.create_connection", connect):
+            client = self.client()
+            client.chat("Hello")
+        self.assertTrue(made[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        for option in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
+            if hasattr(socket, option):
+                seconds = made[0].getsockopt(socket.IPPROTO_TCP, getattr(socket, option))
+                self.assertEqual(seconds, 60, option)
+
     def test_an_answer_read_to_its_end_gives_its_connection_back(self):
         def chat(client):
             client.chat("Hello")
@@ -3952,9 +3972,11 @@ class TestTime(Timed):
 
             stack.enter_context(mock.patch("socket.getaddrinfo", resolve))
             url = "http://many.invalid"
-            found[:] = [dead, dead, live]
-            client = self.remote(url, timeout=0.6, allow_http=True)
-            self.assertEqual(client.chat("Say hello").text, "Hello!")
+            for found[:] in ([dead, dead, live], [live, *[dead] * 9]):
+                client = self.remote(url, timeout=0.6, allow_http=True)
+                with mock.patch("socket.create_connection", wraps=socket.create_connection) as made:
+                    self.assertEqual(client.chat("Say hello").text, "Hello!")
+                self.assertAlmostEqual(made.call_args_list[0][0][1], 0.3, delta=0.1)
             found[:] = [dead] * 4
             client = self.remote(url, timeout=0.4, allow_http=True)
             self.assert_times_out("connect", lambda: client.chat("Hello"), 0.4)
@@ -4138,7 +4160,8 @@ class TestTime(Timed):
                         "deadline", lambda call=call, d=deadline: call("Hello", deadline=d), 0
                     )
                 client = self.client(deadline=deadline)
-                self.assert_times_out("deadline", client.models, 0)
+                error = self.assert_times_out("deadline", client.models, 0)
+                self.assertIn("check the base URL, the network and HTTPS_PROXY, or", str(error))
         self.assertEqual(self.stub.connections, 0)
 
     def test_a_deadline_that_has_passed_is_told_before_any_name_is_looked_up(self):
@@ -5386,11 +5409,12 @@ class TestProxies(WithCertificates):
 
     def test_a_proxy_that_refuses_is_named_without_its_password(self):
         body = "user:pa:ss word pa%3Ass%20word " + self.LOGIN
+        login = "(407): put user and password into HTTPS_PROXY"
         table = {
-            "407": (head("407 Proxy Authentication Required", "Content-Length: 0"), 1, "407"),
-            "407 with a body": (http(body, "407 No"), 1, "407"),
+            "407": (head("407 Proxy Authentication Required", "Content-Length: 0"), 1, login),
+            "407 with a body": (http(body, "407 No"), 1, login),
             "401": (head("401 Unauthorized", "Content-Length: 0"), 1, "401"),
-            "403": (head("403 Forbidden", "Content-Length: 0"), 3, "403"),
+            "403": (head("403 Forbidden", "Content-Length: 0"), 3, "(403): check"),
             "502": (http("<html>", "502 Bad Gateway"), 3, "502"),
             "redirect": (head("302 Found", "Location: http://x/"), 3, "302"),
             "rubbish": (b"220 smtp.test ESMTP\r\n", 3, ""),
@@ -7140,6 +7164,15 @@ class TestBatch(_Commands):
                 self.assertEqual(response and response["status_code"], status)
                 self.assertEqual(response and response["request_id"], status and "req_1")
                 os.remove(self.path("out.jsonl"))
+
+    def test_a_gateway_that_cannot_be_reached_stops_the_batch(self) -> None:
+        source = self.numbered(20)
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            os.environ["LOWROUTER_BASE_URL"] = "http://127.0.0.1:%d" % closed.getsockname()[1]
+        with mock.patch.object(lowrouter, "_PAUSES", (0.01, 0.0)):
+            self.assertEqual(self.batch(source, "--workers", "1"), 9)
+        self.assertIn("1 requests, 1 failed", self.err)
+        self.assertRegex(self.err, "19 not sent; first: .*cannot be reached.*same command retries")
 
     def test_a_line_that_is_put_off_is_tried_again(self) -> None:
         for status in ("500 Oh", "429 Slow", "503 Oh"):
