@@ -67,14 +67,14 @@ _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
 _PROBE_SECONDS = 60  # between signs of life; NATs forget who is silent from about 240 s on
-_KEEPALIVE = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")
+_KEEPALIVE = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # those that the system knows
 _FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
 _POLL_SECONDS = 0.5  # between two looks for a record that is not written yet [assumption]
 _CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
-_KEY_LENGTH = 4  # characters; a shorter key is no secret, but a part of many a word
-_CUT_KEY_LENGTH = 10  # characters of a key at the end of a text; all keys begin with `lr-sk-`
+_SHORTEST_KEY = 4  # characters; a shorter key is no secret, but a part of many a word
+_SHORTEST_CUT = 10  # characters of a key at the end of a text; all keys begin with `lr-sk-`
 _BLOCK = 1 << 16  # bytes read at once: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
 _ERROR_LIMIT = 1 << 16  # bytes of an error's body
@@ -261,7 +261,7 @@ class RouteMismatchError(LowRouterError):
 
 
 _STATUS_ERRORS = {  # the class, and what to do
-    401: (AuthenticationError, "check LOWROUTER_API_KEY"),
+    401: (AuthenticationError, "check the API key"),
     402: (InsufficientCreditsError, "top up the account or raise the key's limit"),
     403: (PermissionDeniedError, "the key's policy must allow this model and region"),
     404: (NotFoundError, "check the model, the id and that the base URL has one /v1"),
@@ -297,10 +297,10 @@ def _without(key: str, value: Any, depth: int = 99) -> Any:
         for name, each in value.items():
             clean[_without(key, name)] = _without(key, each)
         return clean
-    if not isinstance(value, str) or len(key) < _KEY_LENGTH:
+    if not isinstance(value, str) or len(key) < _SHORTEST_KEY:
         return value
     text = value.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
-    for size in range(len(key) - 1, _CUT_KEY_LENGTH - 1, -1):
+    for size in range(len(key) - 1, _SHORTEST_CUT - 1, -1):
         if text.endswith(key[:size]):
             return text[:-size]  # a limit has cut the echo of the key in two
     return text
@@ -327,26 +327,24 @@ def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusErr
     passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
     advice = "try later" if passing or status > 500 else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
-    if status < 500 and body.lstrip().startswith("<"):
+    if status < 500 and status != 407 and body.lstrip().startswith("<"):
         advice = "a proxy answered, not LowRouter"
     with contextlib.suppress(ValueError):
         body = _loads(body)
     error: APIStatusError = _refusal(kind, f"answered {status} ({advice})", body, response.reason)
     error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
     wait = headers.get("Retry-After", "")
-    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # it says neither
-        if re.fullmatch(r"[0-9. ]+", wait):
-            error.retry_after = min(float(wait), _FOREVER)
-        else:
-            date = email.utils.parsedate_to_datetime(wait).timestamp()
-            error.retry_after = max(0.0, date - time.time())
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # it is no time
+        date = None if re.fullmatch("[0-9. ]+", wait) else email.utils.parsedate_to_datetime(wait)
+        seconds = date.timestamp() - time.time() if date else float(wait)
+        error.retry_after = max(0.0, min(seconds, _FOREVER))
     error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
     return error
 
 
 # ---- request: what is sent; pure: it touches neither the network nor the environment -------------
 
-_ELSEWHERE = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
+_OF_CLIENT = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
 _OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
 transfer-encoding accept-encoding expect upgrade""".split()
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -360,8 +358,10 @@ def _json_bytes(body: Any) -> bytes:
 
 
 def _check_names(options: Json) -> None:
-    for name in _ELSEWHERE.intersection(options):
+    for name in _OF_CLIENT.intersection(options):
         raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
+    for name in {"extra_body", "extra_headers", "extra_query"}.intersection(options):
+        raise TypeError(f"{name} is none of ours: a field is a keyword; Client(headers=...)")
 
 
 def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Json) -> Json:
@@ -426,6 +426,7 @@ def _curl_command(url: str, body: Any, headers: Any, flags: list[str], key_file:
     shown = {"Content-Type": "application/json", **headers}
     key = '$(cat "$LOWROUTER_API_KEY_FILE")' if key_file else "$LOWROUTER_API_KEY"
     lines = [join(["curl", *flags, url]), f'-H "Authorization: Bearer {key}"']
+    # "name;" is how curl sends an empty header
     lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in shown.items()]
     return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
 
@@ -484,7 +485,7 @@ def _is_exempt(host: str, port: int, entry: str) -> bool:
     """Whether an entry of NO_PROXY means the host: `*`, a name, a suffix, an address, a block."""
     import ipaddress
 
-    entry = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port names nothing
+    entry = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port stays, so no match
     with contextlib.suppress(ValueError):
         block = ipaddress.ip_network(entry.strip("[]"), strict=False)
         return ipaddress.ip_address(host) in block
@@ -499,7 +500,8 @@ def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]]
     if not url or any(_is_exempt(host, port, entry) for entry in exempt):
         return None
     url = url if "://" in url else "http://" + url
-    parts = _url_parts(f"{scheme.upper()}_PROXY", "http://host:port", "http://[!-~]+", url)
+    name, like = scheme.upper() + "_PROXY", "http://user:p%40ss@host:port"
+    parts = _url_parts(name, like, "http://[!-~]+", url)
     login = {}
     if parts.username is not None:
         pair = urllib.parse.unquote_to_bytes(f"{parts.username}:{parts.password or ''}")
@@ -529,8 +531,8 @@ class _Gateway:
         if ca_file or not (file or folder):
             file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
             file = ca_file or file
-            folder = file if file and os.path.isdir(file) else None
-        self.ca_file, self.ca_path = None if folder == file else file or None, folder or None
+            file, folder = (None, file) if os.path.isdir(file or "") else (file, None)
+        self.ca_file, self.ca_path = file or None, folder or None
 
 
 # ---- wire: one connection under a clock; the only room that touches the network ------------------
@@ -579,7 +581,7 @@ def _has_news(sock: socket.socket) -> bool:
 
 
 class _Socket(io.RawIOBase):
-    """The ends of a socket; before every wait it asks the clock of the present call."""
+    """A socket as a raw file; before every wait it asks the clock of the present call."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self.sock, self.pid = sock, os.getpid()
@@ -626,8 +628,8 @@ class _Wire(io.BufferedReader):
     """
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.socket = _Socket(sock, clock)
-        super().__init__(self.socket, _BLOCK)
+        self.link = _Socket(sock, clock)
+        super().__init__(self.link, _BLOCK)
 
     def makefile(self, mode: str) -> _Wire:
         return self
@@ -647,24 +649,13 @@ class _Wire(io.BufferedReader):
 
     def fresh(self) -> bool:
         """Whether it can be used again: nothing came after its last answer, not even the end."""
-        self.socket.clock = None
+        self.link.clock = None
         try:
-            if self.peek(1) or self.socket.pid != os.getpid():
+            if self.peek(1) or self.link.pid != os.getpid():
                 return False  # what is left of the last answer nobody asked for
-            return not _has_news(self.socket.sock)
+            return not _has_news(self.link.sock)
         except (OSError, ValueError):
             return False  # it was closed
-
-
-def _trusting(gateway: _Gateway) -> ssl.SSLContext:
-    """What checks the certificates; loading the CAs takes 20 ms."""
-    file, path = gateway.ca_file, gateway.ca_path
-    try:
-        if path and not file and not any(map(os.path.isdir, path.split(os.pathsep))):
-            raise OSError("no such folder")  # which OpenSSL would not mind
-        return ssl.create_default_context(cafile=file, capath=path)
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"the CA file {file or path} is of no use: {error}") from None
 
 
 def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
@@ -678,9 +669,8 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
             sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option in _KEEPALIVE:  # named as the system has them
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _PROBE_SECONDS)
+            for option in filter(None, (getattr(socket, name, 0) for name in _KEEPALIVE)):
+                sock.setsockopt(socket.IPPROTO_TCP, option, _PROBE_SECONDS)
             return sock
         except OSError:
             if untried == 1:
@@ -716,7 +706,7 @@ class _Pool:
         """Hang up what rests for too long: the last one in is used first, so the first may."""
         with contextlib.suppress(IndexError):
             while self.closed or _idle_seconds(*self.idle[0][1:]) > _IDLE_SECONDS:
-                self.idle.pop(0)[0].socket.close()
+                self.idle.pop(0)[0].link.close()
 
     def keep(self, wire: _Wire) -> None:
         self.idle.append((wire, time.monotonic(), time.time()))
@@ -728,7 +718,7 @@ class _Pool:
                 wire, *since = self.idle.pop()
                 if _idle_seconds(*since) < _IDLE_SECONDS and wire.fresh():
                     return wire
-                wire.socket.close()
+                wire.link.close()
         return None
 
     def tls(self) -> ssl.SSLContext:
@@ -738,11 +728,17 @@ class _Pool:
         """
         from threading import Lock  # not at the top: nobody else needs it at import
 
-        pid = os.getpid()
+        pid, file, path = os.getpid(), self.gateway.ca_file, self.gateway.ca_path
         with self.locks.setdefault(pid, Lock()):
-            if pid not in self.contexts:
-                self.contexts[pid] = _trusting(self.gateway)
-            return self.contexts[pid]
+            if pid in self.contexts:
+                return self.contexts[pid]
+            try:
+                if path and not file and not any(map(os.path.isdir, path.split(os.pathsep))):
+                    raise OSError("no such folder")  # which OpenSSL would not mind
+                context = ssl.create_default_context(cafile=file, capath=path)
+            except (OSError, TypeError, ValueError) as error:
+                raise ConfigError(f"needs a CA file, and {file or path} is none: {error}") from None
+            return self.contexts.setdefault(pid, context)
 
     def connect(self, clock: _Clock) -> _Wire:
         """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
@@ -755,21 +751,21 @@ class _Pool:
             return wire
         if gateway.proxy:
             headers = {"Host": gateway.target, **gateway.proxy[2]}
-            wire.socket.send(_head("CONNECT", gateway.target, headers))
-            status = wire.answer("HEAD").status  # whose head is all there is, too
+            wire.link.send(_head("CONNECT", gateway.target, headers))
+            status = wire.answer("HEAD").status  # as to HEAD, the answer has no body
             if not 200 <= status < 300:
                 login = status in (401, 407)
                 remedy = "put user and password into HTTPS_PROXY" if login else "check the base URL"
                 what = f"was refused by the proxy ({status}): {remedy}"
                 raise APIConnectionError(what, retryable=not login)
-        wire.socket.arm()
-        sock = context.wrap_socket(wire.socket.sock, server_hostname=gateway.host)
+        wire.link.arm()
+        sock = context.wrap_socket(wire.link.sock, server_hostname=gateway.host)
         return _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
 
 
 # ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
 
-_FOREIGN = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
+_EXPECTED = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
 _LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
 
 
@@ -816,8 +812,8 @@ class _Call(urllib.request.Request):
         reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
-            hint = "SSL_CERT_FILE names a private CA; Python 3.13 and later check it strictly"
-            hint = "check the base URL" if cause.verify_code == 62 else hint  # for another host
+            hint = "set SSL_CERT_FILE to a private CA; Python 3.13 and later check it strictly"
+            hint = "check the base URL" if cause.verify_code == 62 else hint  # HOSTNAME_MISMATCH
             return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
         reason += billed or "; " + (check or "ask again")
         if phase != "idle":
@@ -833,7 +829,7 @@ class _Call(urllib.request.Request):
             answer.headers = _without(self.key, self.response.headers)
         told = {"body": self.shown() or None, "generation_id": answer.generation_id, **vars(error)}
         vars(error).update(_without(self.key, told), completion=answer or None)
-        what = str(error)  # which may have been here before
+        what = str(error)  # a stream's error may pass here twice
         what = what if what.startswith(self.gateway.name) else f"{self.gateway.name} {what}"
         line = "".join(c if c.isprintable() else " " for c in _without(self.key, what))
         error.args = (line[:_MESSAGE_LIMIT],)
@@ -842,17 +838,17 @@ class _Call(urllib.request.Request):
 
     def exchange(self, wire: _Wire) -> None:
         """Send the request and read the head of the answer."""
-        self.wire, self.sent, wire.socket.began = wire, False, False
-        wire.socket.clock = self.clock
+        self.wire, self.sent, wire.link.began = wire, False, False
+        wire.link.clock = self.clock
         self.clock.enter("response")
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             # who closes before it has read all may have said why, 413 say: the answer decides
             for start in range(0, len(self.message), _SEND_BLOCK):
-                wire.socket.send(self.message[start : start + _SEND_BLOCK])
+                wire.link.send(self.message[start : start + _SEND_BLOCK])
                 self.clock.enter("response")  # a block ends a wait
             self.sent = True
         self.response = wire.answer(self.get_method())
-        wire.socket.may_end = self.response.length is None and not self.response.chunked
+        wire.link.may_end = self.response.length is None and not self.response.chunked
         self.clock.enter("idle")
 
     def open(self) -> None:
@@ -862,8 +858,8 @@ class _Call(urllib.request.Request):
             try:
                 return self.exchange(wire)
             except (ConnectionError, ssl.SSLError):
-                wire.socket.close()
-                if wire.socket.began or (self.sent and self.get_method() != "GET"):
+                wire.link.close()
+                if wire.link.began or (self.sent and self.get_method() != "GET"):
                     raise
         return self.exchange(self.pool.connect(self.clock))
 
@@ -900,7 +896,7 @@ class _Call(urllib.request.Request):
         if not block and wire:
             self.wire = None  # before the look at `abandoned`
             if self.response.will_close or self.abandoned or not self.sent:
-                wire.socket.close()
+                wire.link.close()
             else:
                 self.pool.keep(wire)
         return block
@@ -909,16 +905,16 @@ class _Call(urllib.request.Request):
         """Hang up, unless the wire was given back."""
         wire = self.wire  # once, since another thread may just give it back
         if wire:
-            wire.socket.close()
+            wire.link.close()
 
     def abandon(self) -> None:
         """End the wait of another thread for this answer, which closing would not."""
         self.abandoned = True  # before the wire is looked at: from now on it is not given back
         wire = self.wire
-        if wire and wire.socket.pid == os.getpid():  # the answer may be that of a parent process
+        if wire and wire.link.pid == os.getpid():  # the answer may be that of a parent process
             with contextlib.suppress(OSError):
                 # not that of SSLSocket, which takes TLS away from the thread that is reading
-                socket.socket.shutdown(wire.socket.sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(wire.link.sock, socket.SHUT_RDWR)
 
     def fill(self, limit: int) -> None:
         """Read the body to its end; any byte ends a silence."""
@@ -931,7 +927,7 @@ class _Call(urllib.request.Request):
     def within(self, seconds: float, read: Callable[[], Any]) -> None:
         """Read what is no news any more, for some seconds."""
         end, self.clock.end = self.clock.end, min(self.clock.end, time.monotonic() + seconds)
-        with contextlib.suppress(*_FOREIGN):
+        with contextlib.suppress(*_EXPECTED):
             read()
         self.clock.end = end
 
@@ -963,7 +959,7 @@ class _Call(urllib.request.Request):
                 return take(self)
             except BaseException as cause:
                 self.close()
-                if not isinstance(cause, _FOREIGN):
+                if not isinstance(cause, _EXPECTED):
                     raise
                 errors = [self.failure(cause)]
             told = errors[0].retry_after
@@ -971,7 +967,7 @@ class _Call(urllib.request.Request):
             if not tries_left or not errors[0].retryable or not self.clock.pause(wait):
                 break
             pause = min(pause * 2, longest)
-        raise errors.pop()  # a name would hold it, it its traceback, that the name
+        raise errors.pop()  # a local name would close the ring of error, traceback and frame
 
 
 # ---- server-sent events: blocks -> texts -> events; WHATWG's rules, knowing neither JSON nor us --
@@ -1011,7 +1007,7 @@ def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
 # ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
 
-_GROWING = frozenset(
+_GROWING = frozenset(  # texts that come in pieces; id, type and model are whole, often again
     "content reasoning reasoning_content thinking refusal arguments input data transcript".split()
 )
 
@@ -1040,7 +1036,7 @@ def _tool_call(calls: list[Json], piece: Json) -> Json:
     return calls[-1]
 
 
-def _merge(kept: Json, piece: Json, depth: int = 3) -> None:
+def _merge(kept: Json, piece: Json, depth: int = 3) -> None:  # choice, delta, call, function
     """Add a delta: texts, lists and objects grow, of other values the last one counts."""
     for name, value in piece.items():
         if not value:
@@ -1133,7 +1129,7 @@ class _Assembly:
         return completion
 
 
-def _failure(answer: Json) -> Json | None:
+def _failed_part(answer: Json) -> Json | None:
     """What tells that an answer failed: an error in it or in a choice, or "error" as a reason."""
     choices = [_as(dict, choice) for choice in _as(list, answer.get("choices"))]
     for each in (answer, *choices):
@@ -1157,7 +1153,7 @@ def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[
         if isinstance(value, dict):
             chunk = Chunk(value)
             chunk.headers = assembly.headers
-            failed = _failure(chunk) if '"error"' in data else None
+            failed = _failed_part(chunk) if '"error"' in data else None
             if not failed or chunk.get("choices"):
                 assembly.add(chunk)
             elif assembly.fields:
@@ -1214,7 +1210,7 @@ class _ModelCache:
                 os.unlink(draft)
 
 
-# ---- client: composition only --------------------------------------------------------------------
+# ---- client: how an answer is read, whole or as a stream; then the two classes of the user -------
 
 
 def _checked(call: _Call, data: Any) -> Completion:
@@ -1235,7 +1231,7 @@ def _whole(call: _Call) -> Completion:
     completion = _checked(call, call.json())
     if not isinstance(completion.get("choices"), list):
         raise _refusal(BadResponseError, "sent no chat completion", completion)
-    failed = _failure(completion)
+    failed = _failed_part(completion)
     if failed:
         raise _refusal(BadResponseError, "failed in its answer", failed, completion=completion)
     return completion
@@ -1276,7 +1272,7 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
             call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
         else:
             raise StreamError("ended the stream before the answer")
-    except _FOREIGN as cause:
+    except _EXPECTED as cause:
         error = call.failure(cause, assembly.completion())
         lost = isinstance(error, (StreamError, APITimeoutError))
         lost = lost and error.message is None  # by the road: the gateway has said nothing
@@ -1490,6 +1486,7 @@ class Client:
 
 # ---- functions: one client for the whole program, made at the first call -------------------------
 
+# REQUEST_METHOD tells CGI, where HTTP_PROXY may be a stranger's header and is not used
 _VARIABLES = """LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL LOWROUTER_CACHE_DIR
 HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
 SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
@@ -1732,7 +1729,8 @@ def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, J
     lines: dict[str, int] = {}
     problems = []
     for number, line in filter(lambda each: each[1].strip(), enumerate(source, 1)):
-        job = job if isinstance(job := _parsed(line), dict) else {"body": None}
+        job = _parsed(line)
+        job = job if isinstance(job, dict) else {"body": None}  # which is refused below
         custom_id, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
         try:
             if not isinstance(body, dict) or not isinstance(custom_id, str):
@@ -1807,7 +1805,7 @@ class _Batch:
 
         self.client, self.out, self.total, self.quiet = client, out, total, quiet
         self.stop, self.done, self.failed, self.problem = Event(), 0, 0, ""
-        self.began = self.start = time.monotonic() - 0.001  # seconds; before `start` nobody sends
+        self.began = self.start = time.monotonic() - 0.001  # the past: a rate divides by it
 
     def ask(self, custom_id: str, body: Json) -> Json | None:
         """Send a request and return its line for OUT; None when the batch was stopped before."""

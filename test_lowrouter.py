@@ -4,10 +4,10 @@
 In five lines, with nothing but this file and lowrouter.py on the path:
 
     import lowrouter
-    from test_lowrouter import KEY, StubGateway, http
+    from test_lowrouter import KEY, StubGateway, reply
     with StubGateway() as stub, lowrouter.Client(KEY, base_url=stub.url) as client:
         assert client.chat("Say hello").text == "Hello!"  # and stub.requests[-1].json was sent
-        stub.play(http({"error": {"message": "none left"}}, "402 Payment Required"))  # comes next
+        stub.play(reply({"error": {"message": "none left"}}, "402 Payment Required"))  # comes next
 
 `python3 test_lowrouter.py` runs the tests, `... try chat "Hello"` a command of lowrouter against a
 stub, and `... serve` keeps a stub up for curl, the OpenAI SDK or any other client.
@@ -27,7 +27,7 @@ import gc
 import glob
 import gzip
 import hashlib
-import http.client as http_client
+import http.client
 import inspect
 import io
 import json
@@ -78,7 +78,7 @@ Drip = collections.namedtuple("Drip", "data every times", defaults=(None,))  # s
 _OF_A_CHUNK = ("id", "object", "created", "model", "choices", "usage", "lowrouter", "error")
 
 
-def http(
+def reply(
     body: object = b"", status: str = "200 OK", content_type: str = "application/json", **headers
 ) -> bytes:
     """A whole HTTP answer; x_request_id="7" is a header, objects are dumped as JSON."""
@@ -628,7 +628,7 @@ class _Handler(BaseHTTPRequestHandler):
     def say(self, body, status="200 OK", record=None):
         headers = {} if status.startswith("401") else {"X-Credit-Balance": self.gateway.balance}
         headers.update(self.routed(record) if record else {})
-        answer = http(body, status, **headers)
+        answer = reply(body, status, **headers)
         head = answer[: answer.index(b"\r\n\r\n") + 4]
         self.wfile.write(head if self.command == "HEAD" else answer)
 
@@ -822,8 +822,8 @@ class TestPromises(unittest.TestCase):
 
     def test_it_does_not_grow_unseen(self) -> None:
         lines = self.source.splitlines()
-        self.assertLessEqual(len(lines), 2025)
-        self.assertLessEqual(os.path.getsize(self.path), 95 * 1024)
+        self.assertLessEqual(len(lines), 2031)
+        self.assertLessEqual(os.path.getsize(self.path), 96 * 1024)
         self.assertEqual([n for n, line in enumerate(lines, 1) if len(line) > 100], [])
         self.assertNotIn("\t", self.source)
 
@@ -1104,7 +1104,7 @@ class TestAnswers(Played):
         data["lowrouter"]["eco"] = eco
         message = data["choices"][0]["message"]
         message.update({"tool_calls": calls, "reasoning": "Let me see"})
-        answer = self.chat(http(data))
+        answer = self.chat(reply(data))
         self.assertEqual(answer, data)
         self.assertEqual(answer["choices"][0]["message"], message)
         self.assertEqual(answer.message, message)
@@ -1128,16 +1128,16 @@ class TestAnswers(Played):
             "x_lowrouter_region": "eu-west",
             "x_credit_balance": "12.5",
         }
-        answer = self.chat(http(ANSWER, **headers))
+        answer = self.chat(reply(ANSWER, **headers))
         self.assertEqual(answer, ANSWER)
         routed = (answer.generation_id, answer.provider, answer.region)
         self.assertEqual(routed, ("gen_h", "mistral", "eu-west"))
         self.assertEqual(answer.headers["x-credit-BALANCE"], "12.5")
-        answer = self.chat(http(answer_from("us-east"), **headers))
+        answer = self.chat(reply(answer_from("us-east"), **headers))
         self.assertEqual((answer.region, answer.generation_id), ("us-east", "gen_1"))
 
     def test_an_answer_is_a_dict_that_pickles_and_copies(self) -> None:
-        answer = self.chat(http(ANSWER, x_lowrouter_region="eu-west"))
+        answer = self.chat(reply(ANSWER, x_lowrouter_region="eu-west"))
         self.assertIsInstance(answer, dict)
         self.assertEqual(json.loads(json.dumps(answer)), ANSWER)
         for again in (
@@ -1179,7 +1179,7 @@ class TestErrors(Played):
                 self.assertTrue(issubclass(kind, base))
 
     def test_every_error_pickles_with_all_that_it_carries(self) -> None:
-        answer = self.chat(http(ANSWER, x_lowrouter_region="eu-west"))
+        answer = self.chat(reply(ANSWER, x_lowrouter_region="eu-west"))
         for kind in ERRORS:
             with self.subTest(kind.__name__):
                 self.assertIsNone(kind("it failed").completion)
@@ -1198,10 +1198,10 @@ class TestErrors(Played):
         for depth in (50, 300, 500, 700, 900, 60_000):  # from Python 3.14 on that is JSON, too
             deep = "[" * depth + "]" * depth
             for name, step in {
-                "refusal": http(f'{{"error": {{"message": "no", "code": {deep}}}}}', "400 No"),
-                "answer": http(f'{{"error": {{"message": "no", "metadata": {deep}}}}}'),
-                "message": http(f'{{"error": {{"message": {deep}}}}}'),
-                "no answer": http(deep),
+                "refusal": reply(f'{{"error": {{"message": "no", "code": {deep}}}}}', "400 No"),
+                "answer": reply(f'{{"error": {{"message": "no", "metadata": {deep}}}}}'),
+                "message": reply(f'{{"error": {{"message": {deep}}}}}'),
+                "no answer": reply(deep),
             }.items():
                 with self.subTest(name, depth=depth):
                     self.stub.play(step)
@@ -1231,7 +1231,7 @@ class TestErrors(Played):
         client = self.client(max_retries=0)
         for status, kind in table.items():
             with self.subTest(status):
-                self.stub.play(http(said, f"{status} No", retry_after="7", **headers))
+                self.stub.play(reply(said, f"{status} No", retry_after="7", **headers))
                 error = self.failure(lowrouter.LowRouterError, client.chat, "Hi")
                 self.assertIs(type(error), kind)
                 self.assertEqual((error.status, error.code), (status, "because"))
@@ -1281,7 +1281,7 @@ class TestErrors(Played):
         client = self.client()
         for body, message, code in table:
             with self.subTest(repr(body)[:60]):
-                self.stub.play(http(body, "418 Teapot"))
+                self.stub.play(reply(body, "418 Teapot"))
                 error = self.failure(lowrouter.APIStatusError, client.chat, "Hi")
                 self.assertEqual(error.status, 418)
                 page = isinstance(body, str) and body.strip().startswith("<")
@@ -1293,7 +1293,7 @@ class TestErrors(Played):
                     self.assertEqual(error.message, message)
 
     def test_a_page_of_a_gateway_that_is_down_says_try_later(self) -> None:
-        self.stub.play(http("<html><title>502</title>", "502 Bad Gateway"))
+        self.stub.play(reply("<html><title>502</title>", "502 Bad Gateway"))
         error = self.failure(lowrouter.APIStatusError, self.client(max_retries=0).chat, "Hi")
         self.assertIn("502 (try later): 502", str(error))
 
@@ -1328,7 +1328,7 @@ class TestErrors(Played):
                     self.assertEqual(error.retry_after, seconds)
 
     def test_a_retry_after_of_5000_digits_is_a_number_that_can_be_used(self) -> None:
-        self.stub.play(http("", "429 Slow", retry_after="9" * 5000))
+        self.stub.play(reply("", "429 Slow", retry_after="9" * 5000))
         error = self.failure(lowrouter.RateLimitError, self.client().chat, "Hi")
         self.assertGreater(error.retry_after, 60)
         self.assertLess(error.retry_after, float("inf"))
@@ -1336,7 +1336,7 @@ class TestErrors(Played):
 
     def test_an_error_object_in_a_200_is_an_error(self) -> None:
         said = {"error": {"message": "overloaded", "code": "upstream"}}
-        error = self.failure(lowrouter.BadResponseError, self.chat, http(said))
+        error = self.failure(lowrouter.BadResponseError, self.chat, reply(said))
         self.assertEqual((error.message, error.code, error.body), ("overloaded", "upstream", said))
         self.assertIn("overloaded", str(error))
 
@@ -1362,7 +1362,7 @@ class TestErrors(Played):
         client = self.client()
         for body, content_type, hint in table:
             with self.subTest(repr(body)[:60]):
-                self.stub.play(http(body, content_type=content_type))
+                self.stub.play(reply(body, content_type=content_type))
                 if "9999" in str(body):
                     # Python before 3.11 and its security releases reads such a number
                     with contextlib.suppress(lowrouter.BadResponseError):
@@ -1381,11 +1381,11 @@ class TestErrors(Played):
         self.addCleanup(gc.enable)
         begun = STREAM_HEAD + chunked(sse(delta("a"), done=False), end=False)
         for call, answer in (
-            ("chat", http({"error": "no"}, "400 Bad")),
-            ("chat", http("no JSON")),
-            ("chat", http(whole_answer())),
+            ("chat", reply({"error": "no"}, "400 Bad")),
+            ("chat", reply("no JSON")),
+            ("chat", reply(whole_answer())),
             ("chat", CUT),
-            ("stream", http({"error": "no"}, "400 Bad")),
+            ("stream", reply({"error": "no"}, "400 Bad")),
             ("stream", begun),
             ("stream", begun + chunked(sse({"error": "no"}))),
         ):
@@ -1399,20 +1399,21 @@ class TestErrors(Played):
                 self.assertEqual(ours(), before)
 
     def test_a_proxy_that_wants_a_password_is_told(self) -> None:
-        self.stub.play(http({}, "407 Proxy Authentication Required"))
-        error = self.failure(lowrouter.APIStatusError, self.client().chat, "Hi")
-        self.assertIn("password into the URL of the proxy", str(error))
+        for page in ({}, "<html>Access denied"):
+            self.stub.play(reply(page, "407 Proxy Authentication Required"))
+            error = self.failure(lowrouter.APIStatusError, self.client().chat, "Hi")
+            self.assertIn("password into the URL of the proxy", str(error))
 
     def test_an_error_after_the_head_of_an_answer_has_its_generation_id(self) -> None:
         client = self.client(max_retries=0)
         head = {"X_LowRouter_Generation_ID": "gen_7"}
         failed = {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]}
         for answer in (
-            http("<html>", **head),
-            http({"error": "no"}, **head),
-            http({"error": "no"}, "500 Oh", **head),
-            http(failed, **head),
-            http(failed, **head, Connection="close")[:-5],
+            reply("<html>", **head),
+            reply({"error": "no"}, **head),
+            reply({"error": "no"}, "500 Oh", **head),
+            reply(failed, **head),
+            reply(failed, **head, Connection="close")[:-5],
         ):
             for name in ("chat", "stream"):
                 with self.subTest(answer, call=name):
@@ -1432,7 +1433,7 @@ class TestErrors(Played):
 class TestRequest(Played):
     def sent(self, *args: object, settings: object = None, **options: object) -> dict:
         """The JSON body that a chat call sends."""
-        self.stub.play(http(ANSWER))
+        self.stub.play(reply(ANSWER))
         self.client(**(settings or {})).chat(*args, **options)
         return self.stub.requests[-1].json
 
@@ -1507,7 +1508,7 @@ class TestRequest(Played):
 
     def test_more_headers_go_along_with_every_request(self) -> None:
         client = self.client(headers={"X-LowRouter-Region": "eu-west", "X-Title": "a b"})
-        self.stub.play(http(ANSWER))
+        self.stub.play(reply(ANSWER))
         client.chat("Hi")
         client.request("GET", "/models")
         for request in self.stub.requests:
@@ -1580,7 +1581,8 @@ class TestRequest(Played):
     def test_settings_of_the_client_in_a_call_are_type_errors_that_say_where_they_belong(self):
         client = self.client()
         settings = ("api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir")
-        for name in (*settings, "allow_http"):
+        theirs = ("extra_body", "extra_headers", "extra_query")  # which would hide a pin
+        for name in (*settings, "allow_http", *theirs):
             for call in (client.chat, client.stream, client.curl):
                 with self.subTest(name, call=call.__name__):
                     with self.assertRaises(TypeError) as caught:
@@ -1638,7 +1640,7 @@ class TestSettings(Played):
         os.replace(self.key_file + ".new", self.key_file)
 
     def authorization(self, client: lowrouter.Client) -> str:
-        self.stub.play(http(ANSWER))
+        self.stub.play(reply(ANSWER))
         client.chat("Hi")
         return self.stub.requests[-1].headers["Authorization"]
 
@@ -2132,7 +2134,7 @@ class TestStreams(Played):
     def test_a_json_answer_to_a_stream_is_handed_on_as_one_chunk(self) -> None:
         for content_type in ("application/json", "application/json; charset=utf-8", "text/plain"):
             with self.subTest(content_type):
-                self.stub.play(http(answer_from(), content_type=content_type))
+                self.stub.play(reply(answer_from(), content_type=content_type))
                 stream = self.client().stream("Hi", route={"region": "eu-west"})
                 self.assertEqual(stream.generation_id, "gen_1")
                 chunks = list(stream)
@@ -2145,7 +2147,7 @@ class TestStreams(Played):
 
     def test_a_json_answer_without_a_finish_reason_is_whole(self) -> None:
         answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}}]}
-        self.stub.play(http(answer))
+        self.stub.play(reply(answer))
         self.assertEqual(self.client().stream("Hi").result().text, "Hello")
 
     def test_a_stream_under_another_type_is_a_stream_also_behind_white_space(self) -> None:
@@ -2171,7 +2173,7 @@ class TestStreams(Played):
         for body, content_type, hint in table:
             with self.subTest(repr(body)):
                 for headers in ({}, {"connection": "close"}):
-                    self.stub.play(http(body, content_type=content_type, **headers))
+                    self.stub.play(reply(body, content_type=content_type, **headers))
                     error = self.failure(lowrouter.BadResponseError, client.stream, "Hi")
                     self.assertIn(hint, str(error))
                     self.assertIsNone(error.completion)
@@ -2197,7 +2199,7 @@ class TestStreams(Played):
             ("429 Slow", lowrouter.RateLimitError),
             ("500 Oops", lowrouter.APIStatusError),
         ):
-            self.stub.play(http({"error": {"message": "no"}}, status))
+            self.stub.play(reply({"error": {"message": "no"}}, status))
             self.assertIsNone(self.failure(kind, client.stream, "Hi").completion)
         with lowrouter.Client("wrong-key", base_url=self.stub.url) as client:
             self.failure(lowrouter.AuthenticationError, client.stream, "Hi")
@@ -2489,7 +2491,7 @@ class TestStreams(Played):
         whole = {**last, "choices": [{"message": {"content": "a"}}]}
         for name, answer in (
             ("stream", STREAM_HEAD + chunked(sse(delta("a", "stop"), last))),
-            ("document", http(whole)),
+            ("document", reply(whole)),
         ):
             with self.subTest(name):
                 self.stub.play(answer)
@@ -2630,8 +2632,8 @@ class TestStreams(Played):
             whole = {"choices": [{"message": {"content": "a"}, **choice}]}
             events = sse(delta("a"), {"choices": [{"index": 0, "delta": {}, **choice}]})
             for name, answer in (
-                ("chat", http(whole)),
-                ("stream", http(whole)),
+                ("chat", reply(whole)),
+                ("stream", reply(whole)),
                 ("stream", STREAM_HEAD + chunked(events)),
             ):
                 with self.subTest(choice, call=name):
@@ -2645,7 +2647,7 @@ class TestStreams(Played):
 
     def test_an_answer_that_failed_without_a_reason_says_so(self) -> None:
         failed = {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]}
-        self.stub.play(http(failed))
+        self.stub.play(reply(failed))
         error = self.failure(lowrouter.BadResponseError, self.client().chat, "Hi")
         self.assertTrue(str(error).endswith("failed in its answer: no reason was given"), error)
 
@@ -2668,10 +2670,10 @@ class TestStreams(Played):
         client, error = self.client(max_retries=0), {"error": {"message": "oops", "code": "z"}}
         for body, text in ((error, "oops"), ("<html>no</html>", "HTML: a proxy answered")):
             with self.subTest(text):
-                self.stub.play(http(body, content_type="text/event-stream"))
+                self.stub.play(reply(body, content_type="text/event-stream"))
                 caught = self.failure(lowrouter.BadResponseError, client.stream("Hi").result)
                 self.assertIn(text, str(caught))
-        self.stub.play(http(answer_from("eu-west"), content_type="text/event-stream"))
+        self.stub.play(reply(answer_from("eu-west"), content_type="text/event-stream"))
         with client.stream("Hi") as stream:
             self.assertEqual([chunk.text for chunk in stream], [stream.completion.text])
 
@@ -2791,7 +2793,7 @@ class TestRoute(Played):
                 with self.subTest(settings, call=name):
                     before = len(self.stub.requests)
                     client = self.client(**settings)
-                    self.stub.play(http(said, "503 No", retry_after="1"))
+                    self.stub.play(reply(said, "503 No", retry_after="1"))
                     error = self.failure(lowrouter.NoProviderError, getattr(client, name), "Hi")
                     self.assertEqual((error.retry_after, error.status), (1, 503))
                     self.assertEqual(error.code, "service_unavailable")
@@ -2810,8 +2812,8 @@ class TestRoute(Played):
                 before = len(self.stub.requests)
                 del self.waits[:]
                 for _ in range(2):
-                    self.stub.play(http("", "503 No"))
-                self.stub.play(http(ANSWER))
+                    self.stub.play(reply("", "503 No"))
+                self.stub.play(reply(ANSWER))
                 self.assertEqual(self.client().chat("Hi", route=route).text, "Hello")
                 self.assertEqual((len(self.stub.requests) - before, len(self.waits)), (3, 2))
 
@@ -2823,7 +2825,7 @@ class TestRoute(Played):
                     error = self.failure(
                         lowrouter.RouteMismatchError,
                         self.chat,
-                        http(elsewhere, **headers),
+                        reply(elsewhere, **headers),
                         **settings,
                     )
                     self.assertEqual(error.completion, elsewhere)
@@ -2832,7 +2834,7 @@ class TestRoute(Played):
         self.assertEqual(len(self.stub.requests), 2 * len(self.PINNED))
 
     def test_headers_from_elsewhere_are_an_error_where_the_body_is_silent(self) -> None:
-        self.stub.play(http(ANSWER, x_lowrouter_region="us-east"))
+        self.stub.play(reply(ANSWER, x_lowrouter_region="us-east"))
         error = self.failure(
             lowrouter.RouteMismatchError, self.client().chat, "Hi", route={"region": "eu-west"}
         )
@@ -2865,7 +2867,7 @@ class TestRoute(Played):
                 self.assertEqual(error.generation_id, "gen_9")
 
     def test_a_json_answer_to_a_stream_is_checked_too(self) -> None:
-        self.stub.play(http(answer_from("us-east")))
+        self.stub.play(reply(answer_from("us-east")))
         client = self.client(route={"region": "eu-west"})
         error = self.failure(lowrouter.RouteMismatchError, client.stream, "Hi")
         self.assertEqual(error.completion.text, "Hello")
@@ -2879,29 +2881,31 @@ class TestRoute(Played):
         ]
         for body in (*table, {**ANSWER, "lowrouter": None}):
             with self.subTest(body.get("lowrouter")):
-                self.assertEqual(self.chat(http(body), **settings).text, "Hello")
+                self.assertEqual(self.chat(reply(body), **settings).text, "Hello")
                 self.stub.play(STREAM_HEAD + chunked(sse(body)))
                 self.assertEqual(self.client(**settings).stream("Hi").result().text, "Hello")
 
     def test_the_body_counts_more_than_the_header_of_the_client(self) -> None:
         client = self.client(headers={"X-LowRouter-Region": "us-east"})
-        self.stub.play(http(answer_from("eu-west")))
+        self.stub.play(reply(answer_from("eu-west")))
         self.assertEqual(client.chat("Hi", route={"region": "eu-west"}).region, "eu-west")
 
     def test_a_route_of_the_call_takes_the_place_of_the_clients(self) -> None:
         client = self.client(route={"region": "eu-west"})
-        self.stub.play(http(answer_from("us-east")))
+        self.stub.play(reply(answer_from("us-east")))
         self.assertEqual(client.chat("Hi", route={"region": "us-east"}).region, "us-east")
-        self.stub.play(http(answer_from("us-east")))
+        self.stub.play(reply(answer_from("us-east")))
         self.failure(lowrouter.RouteMismatchError, client.chat, "Hi")
 
     def test_an_empty_name_is_no_evidence(self) -> None:
         client = self.client(route={"region": "eu-west"})
         for answer, region in (
-            (http(whole_answer(), X_LowRouter_Region=""), None),
-            (http({**whole_answer(), "lowrouter": {"region": " "}}), " "),
+            (reply(whole_answer(), X_LowRouter_Region=""), None),
+            (reply({**whole_answer(), "lowrouter": {"region": " "}}), " "),
             (
-                http({**whole_answer(), "lowrouter": {"region": ""}}, X_LowRouter_Region="EU-West"),
+                reply(
+                    {**whole_answer(), "lowrouter": {"region": ""}}, X_LowRouter_Region="EU-West"
+                ),
                 "EU-West",
             ),
         ):
@@ -2915,13 +2919,13 @@ class TestRoute(Played):
         ):
             with self.subTest(settings):
                 client, before = self.client(**settings), len(self.stub.requests)
-                self.stub.play(http({"error": "no"}, "503 No", retry_after="0"))
+                self.stub.play(reply({"error": "no"}, "503 No", retry_after="0"))
                 call = client.request, "POST", "/completions", body
                 self.assertTrue(self.failure(lowrouter.NoProviderError, *call).pinned)
                 self.assertEqual(len(self.stub.requests), before + 1)
-                self.stub.play(http(answer_from("us-east")))
+                self.stub.play(reply(answer_from("us-east")))
                 self.failure(lowrouter.RouteMismatchError, *call)
-                self.stub.play(http(answer_from("eu-west")))
+                self.stub.play(reply(answer_from("eu-west")))
                 self.assertEqual(client.request(*call[1:]), answer_from("eu-west"))
 
 
@@ -2995,7 +2999,7 @@ class TestModels(Played):
                     client.models()
             self.assertEqual(len(other.requests), 1)
         self.assertEqual(len(self.files()), 2)
-        self.stub.play(http({"data": [{"id": "for-this-key"}]}))
+        self.stub.play(reply({"data": [{"id": "for-this-key"}]}))
         with lowrouter.Client("k" * 20, base_url=self.stub.url, cache_dir=self.folder) as client:
             self.assertEqual(client.models(), [{"id": "for-this-key"}])
         self.assertEqual(len(self.files()), 3)
@@ -3053,17 +3057,17 @@ class TestModels(Played):
     def test_a_refusal_is_no_reason_for_an_old_list(self) -> None:
         client = self.client()
         client.models()
-        self.stub.play(http("", "401 No"))
+        self.stub.play(reply("", "401 No"))
         self.failure(lowrouter.AuthenticationError, client.models, refresh=True)
 
     def test_a_bare_list_is_taken_and_rubbish_is_refused(self) -> None:
         for data in ([{"id": "a"}], {"data": [{"id": "a"}]}, {"object": "list", "data": []}):
-            self.stub.play(http(data))
+            self.stub.play(reply(data))
             expected = data["data"] if isinstance(data, dict) else data
             self.assertEqual(self.client().models(), expected)
         for data in ({}, {"data": None}, {"data": {}}, {"data": [5]}, "5", "null", "", "<html>"):
             with self.subTest(data):
-                self.stub.play(http(data))
+                self.stub.play(reply(data))
                 client = self.client(cache_dir=self.folder)
                 self.failure(lowrouter.BadResponseError, client.models)
         self.assertEqual(self.files(), [])
@@ -3080,10 +3084,10 @@ class TestModels(Played):
     def test_a_list_that_holds_the_key_is_not_written(self) -> None:
         os.makedirs(self.folder)
         client = self.client(cache_dir=os.fsencode(self.folder))
-        self.stub.play(http({"data": [{"id": "m", "owner": KEY}]}))
+        self.stub.play(reply({"data": [{"id": "m", "owner": KEY}]}))
         self.assertEqual(client.models()[0]["owner"], KEY)
         odd = KEY + '"\\'  # which JSON escapes
-        self.stub.play(http({"data": [{"id": "m", "owner": odd}]}))
+        self.stub.play(reply({"data": [{"id": "m", "owner": odd}]}))
         client = self.client(api_key=odd, cache_dir=self.folder)
         self.assertEqual(client.models()[0]["owner"], odd)
         self.assertEqual(os.listdir(self.folder), [])
@@ -3092,7 +3096,7 @@ class TestModels(Played):
         client = self.client()
         for depth in range(900, 1000):  # at some depth what can be read cannot be written
             text = '[{"id": "m", "deep": %s}]' % ("[" * depth + "]" * depth)
-            self.stub.play(http(text))
+            self.stub.play(reply(text))
             with contextlib.suppress(lowrouter.BadResponseError):
                 self.assertEqual(client.models(refresh=True)[0]["id"], "m")
 
@@ -3136,7 +3140,7 @@ class TestGeneration(Played):
         )
         for generation_id in (*ids, "\U0001f600", "a;b", "gen_01J9~-_."):
             with self.subTest(repr(generation_id)):
-                self.stub.play(http({"generation_id": "x"}))
+                self.stub.play(reply({"generation_id": "x"}))
                 self.assertEqual(client.generation(generation_id), {"generation_id": "x"})
                 prefix, _, segment = self.stub.requests[-1].path.rpartition("/")
                 self.assertEqual(prefix, "/api/v1/generation")
@@ -3153,25 +3157,25 @@ class TestGeneration(Played):
     def test_a_record_is_taken_out_of_its_wrapping(self) -> None:
         record = {"generation_id": "gen_1", "eco": {"energy_wh": 0.1}, "routing_trace": "any"}
         for data in (record, {"data": record}, {**record, "data": {"x": 1}}):
-            self.stub.play(http(data))
+            self.stub.play(reply(data))
             expected = record if set(data) == {"data"} else data
             self.assertEqual(self.client().generation("gen_1"), expected)
 
     def test_half_of_a_surrogate_pair_goes_out_as_its_bytes(self) -> None:
         for call in (self.client().generation, lambda x: self.client().request("GET", x)):
-            self.stub.play(http({"a": 1}))
+            self.stub.play(reply({"a": 1}))
             call("a\ud800b")
             self.assertEqual(self.stub.requests[-1].path.rpartition("/")[2], "a%ED%A0%80b")
 
     def test_what_is_no_record_is_an_error(self) -> None:
         for data in ("[]", "null", "5", "{}", "<html>", ""):
             with self.subTest(repr(data)):
-                self.stub.play(http(data))
+                self.stub.play(reply(data))
                 self.failure(lowrouter.BadResponseError, self.client().generation, "gen_1")
 
     def test_a_failed_generation_is_a_record_and_no_error(self) -> None:
         record = {"generation_id": "gen_1", "status": "upstream_error", "error": {"message": "x"}}
-        self.stub.play(http(record))
+        self.stub.play(reply(record))
         self.assertEqual(self.client().generation("gen_1"), record)
 
     def test_without_wait_a_404_is_raised_at_once(self) -> None:
@@ -3180,8 +3184,8 @@ class TestGeneration(Played):
 
     def test_wait_asks_again_for_a_record_that_is_late(self) -> None:
         for _ in range(3):
-            self.stub.play(http({"error": {"message": "not yet"}}, "404 Not Found"))
-        self.stub.play(http({"generation_id": "gen_1"}))
+            self.stub.play(reply({"error": {"message": "not yet"}}, "404 Not Found"))
+        self.stub.play(reply({"generation_id": "gen_1"}))
         record = self.client().generation("gen_1", wait=60)
         self.assertEqual(record, {"generation_id": "gen_1"})
         self.assertEqual((len(self.stub.requests), len(self.waits)), (4, 3))
@@ -3207,7 +3211,7 @@ class TestGeneration(Played):
         self.assertEqual(len(self.stub.requests), len(self.waits) + 1)
 
     def test_only_a_404_is_waited_for(self) -> None:
-        self.stub.play(http("", "401 No"))
+        self.stub.play(reply("", "401 No"))
         self.failure(lowrouter.AuthenticationError, self.client().generation, "gen_1", wait=60)
         self.assertEqual((len(self.stub.requests), self.waits), (1, []))
 
@@ -3222,7 +3226,7 @@ class TestGeneration(Played):
 
 class TestRequestMethod(Played):
     def sent(self, *args: object) -> tuple:
-        self.stub.play(http({"ok": True}))
+        self.stub.play(reply({"ok": True}))
         self.assertEqual(self.client().request(*args), {"ok": True})
         request = self.stub.requests[-1]
         return request.method, request.path, request.json
@@ -3282,12 +3286,12 @@ class TestRequestMethod(Played):
 
     def test_any_json_comes_back_as_it_is_and_nothing_is_none(self) -> None:
         for body, value in (("[1]", [1]), ("5", 5), ('"a"', "a"), ("null", None), ("{}", {})):
-            self.stub.play(http(body))
+            self.stub.play(reply(body))
             self.assertEqual(self.client().request("GET", "/x"), value)
         client = self.client()
         self.stub.play(b"HTTP/1.1 204 No Content\r\n\r\n")
         self.assertIsNone(client.request("DELETE", "/x"))
-        self.stub.play(http(""))
+        self.stub.play(reply(""))
         self.assertIsNone(client.request("POST", "/x"))
         before = len(self.stub.requests)
         for method in ("POST", "GET"):
@@ -3406,7 +3410,7 @@ def echo(peer, sock):
         question = json.loads(request[1])["messages"][-1]["content"]
         peer.heads.append((number, question))
         status = "500 Oops" if question.startswith("fail") else "200 OK"
-        sock.sendall(http(whole_answer(question), status))
+        sock.sendall(reply(whole_answer(question), status))
 
 
 def never_speaks(peer, sock):
@@ -3511,7 +3515,7 @@ class TestConnections(Timed):
         with lowrouter.Client(KEY, base_url=self.stub.url, max_retries=0) as client:
             end(client)
             first = self.stub.requests[-1].connection
-            self.stub.play(http(whole_answer("next")))
+            self.stub.play(reply(whole_answer("next")))
             self.assertEqual(client.chat("next").text, "next")
             return self.stub.requests[-1].connection == first
 
@@ -3553,9 +3557,9 @@ class TestConnections(Timed):
 
         events = sse(delta("whole"), delta(finish="stop"))
         chunks = STREAM_HEAD + chunked(events)
-        sized = http(events, content_type="text/event-stream")
+        sized = reply(events, content_type="text/event-stream")
         table = {
-            "content-length": (chat, http(whole_answer())),
+            "content-length": (chat, reply(whole_answer())),
             "chunked": (
                 chat,
                 head("200 OK", "Transfer-Encoding: chunked")
@@ -3564,7 +3568,7 @@ class TestConnections(Timed):
             "chunked stream": (stream, chunks),
             "stream with a length": (stream, sized),
             "end of the body in a block of its own": (stream, chunks[:-5], chunks[-5:]),
-            "error": (refused, http({"error": "no"}, "400 Bad Request")),
+            "error": (refused, reply({"error": "no"}, "400 Bad Request")),
             "error without a body": (refused, head("404 Not Found", "Content-Length: 0")),
             "no content": (
                 lambda client: client.request("DELETE", "/x"),
@@ -3600,7 +3604,7 @@ class TestConnections(Timed):
 
         begun = STREAM_HEAD + chunked(sse(delta("be"), delta("gun"), done=False), end=False)
         done = STREAM_HEAD + chunked(sse(delta("whole"), delta(finish="stop")), end=False)
-        answer = http(whole_answer())
+        answer = reply(whole_answer())
         table = {
             "half-read stream closed": (close_early, begun, STALL),
             "half-read stream dropped": (drop, begun, STALL),
@@ -3613,7 +3617,7 @@ class TestConnections(Timed):
             "answer late": (chat, STALL),
             "error body late": (chat, head("500 Oops", "Content-Length: 9"), STALL),
             "redirect": (chat, head("302 Found", "Location: /x", "Content-Length: 3") + b"abc"),
-            "connection: close": (chat, http(whole_answer(), connection="close")),
+            "connection: close": (chat, reply(whole_answer(), connection="close")),
             "HTTP/1.0": (chat, answer.replace(b"HTTP/1.1", b"HTTP/1.0"), CUT),
             "until close": (chat, head("200 OK") + json.dumps(whole_answer()).encode(), CUT),
         }
@@ -3622,7 +3626,7 @@ class TestConnections(Timed):
                 self.assertFalse(self.reused(end, *steps))
 
     def test_an_idle_connection_on_which_something_happened_is_never_used(self):
-        smuggled = http(whole_answer("smuggled"))
+        smuggled = reply(whole_answer("smuggled"))
 
         def later(trouble):
             """`trouble` comes when the first answer has been handed out, and is there for sure."""
@@ -3630,10 +3634,10 @@ class TestConnections(Timed):
             def serve(peer, sock):
                 read_request(sock)
                 if len(peer.sockets) > 1:
-                    return sock.sendall(http(whole_answer("second")))
+                    return sock.sendall(reply(whole_answer("second")))
                 if trouble is None:
-                    return sock.sendall(http(whole_answer("first")) + smuggled)
-                sock.sendall(http(whole_answer("first")))
+                    return sock.sendall(reply(whole_answer("first")) + smuggled)
+                sock.sendall(reply(whole_answer("first")))
                 go.wait(10)
                 trouble(sock)
                 done.set()
@@ -3712,7 +3716,7 @@ class TestConnections(Timed):
 
     def test_a_closed_client_keeps_no_connection_that_comes_back_later(self):
         client, held = self.client(), []
-        self.stub.play(lambda sock: held.append(threading.current_thread()), http(whole_answer()))
+        self.stub.play(lambda sock: held.append(threading.current_thread()), reply(whole_answer()))
         stream = client.stream("Hello")
         client.close()
         self.assertEqual(stream.result().text, "whole")
@@ -3720,7 +3724,7 @@ class TestConnections(Timed):
 
     def test_the_end_of_a_with_block_hangs_up(self):
         held = []
-        self.stub.play(lambda sock: held.append(threading.current_thread()), http(whole_answer()))
+        self.stub.play(lambda sock: held.append(threading.current_thread()), reply(whole_answer()))
         with self.client() as client:
             client.chat("Hello")
             self.assertEqual(self.still_open(held, 1), 1)
@@ -3742,7 +3746,7 @@ class TestConnections(Timed):
         def serve(peer, sock):
             if len(peer.heads) == 0:
                 peer.heads.append(sock.recv(1 << 16))
-                sock.sendall(http(whole_answer("first")))
+                sock.sendall(reply(whole_answer("first")))
                 sock.recv(1000)  # and closes, with the rest unread
                 return
             received = sock.recv(1 << 16)
@@ -3750,7 +3754,7 @@ class TestConnections(Timed):
             size -= len(received.partition(b"\r\n\r\n")[2])
             while size:
                 size -= len(sock.recv(min(size, 1 << 18)))
-            sock.sendall(http(whole_answer("second")))
+            sock.sendall(reply(whole_answer("second")))
 
         with Peer(serve) as peer:
             client = self.client(base_url=peer.url, max_retries=0)
@@ -3882,13 +3886,13 @@ class TestConnections(Timed):
         def mixed_fate(client, stub):
             begun = STREAM_HEAD + chunked(sse(delta("be"), delta("gun"), done=False), end=False)
             for steps in (
-                [http(whole_answer())],
-                [http("<html>")],
-                [http("", "500 Oops")],
+                [reply(whole_answer())],
+                [reply("<html>")],
+                [reply("", "500 Oops")],
                 [head("302 Found", "Location: http://other.test/")],
                 [CUT],
                 [b"garbage\r\n\r\n"],
-                [http(whole_answer())[:-1], CUT],
+                [reply(whole_answer())[:-1], CUT],
                 [begun, STALL],
                 [begun, CUT],
                 [STALL],
@@ -4014,7 +4018,7 @@ class TestTime(Timed):
                 self.assert_times_out("connect", lambda: client.chat("Hello"))
             go = threading.Event()
             timer = threading.Timer(0.2, go.set)
-            self.stub.play(lambda sock: timer.start(), Wait(go), http(whole_answer()))
+            self.stub.play(lambda sock: timer.start(), Wait(go), reply(whole_answer()))
             self.assertEqual(self.remote(self.stub.url[:-7], timeout=60).chat("Hi").text, "whole")
 
     def test_connect_and_tls_have_one_limit_together(self):
@@ -4038,7 +4042,7 @@ class TestTime(Timed):
             while size:
                 peer.stop.wait(0.02 if size > 8 << 20 else 0)  # the end is in our buffers
                 size -= len(sock.recv(min(size, 1 << 18)))
-            sock.sendall(http(whole_answer()))
+            sock.sendall(reply(whole_answer()))
 
         with Peer(read_slowly) as peer:
             client = self.remote(peer.url, timeout=0.5)
@@ -4072,7 +4076,7 @@ class TestTime(Timed):
     def test_informational_answers_are_skipped(self):
         hints = head("103 Early Hints", "Link: </x>; rel=preload")
         infos = head("100 Continue") + head("102 Processing") + hints * 2 + head("100 Continue")
-        self.stub.play(infos + http(whole_answer(), x_seen="1"))
+        self.stub.play(infos + reply(whole_answer(), x_seen="1"))
         answer = self.client(max_retries=0).chat("Hello")
         self.assertEqual((answer.text, answer.headers["X-Seen"]), ("whole", "1"))
         self.assertNotIn("Link", answer.headers)
@@ -4087,7 +4091,7 @@ class TestTime(Timed):
         self.assert_times_out("deadline", lambda: client.chat("Hello"), 0.2)
 
     def test_silence_in_a_json_body_is_an_idle_time_out(self):
-        self.stub.play(http(whole_answer())[:-5], STALL)
+        self.stub.play(reply(whole_answer())[:-5], STALL)
         client = self.client(timeout=0.1, max_retries=0)
         error = self.assert_times_out("idle", lambda: client.chat("Hello"))
         self.assertIn("whole", error.body)
@@ -4172,7 +4176,7 @@ class TestTime(Timed):
     def test_a_wait_that_would_end_past_the_deadline_is_not_begun(self):
         for name, headers in (("backoff", {}), ("retry-after", {"retry_after": "5"})):
             with self.subTest(name):
-                self.stub.play(http("", "500 Oops", **headers))
+                self.stub.play(reply("", "500 Oops", **headers))
                 client = self.client(deadline=0.3)
                 with self.takes(0), self.assertRaises(lowrouter.APIStatusError) as caught:
                     client.chat("Hello")
@@ -4180,7 +4184,7 @@ class TestTime(Timed):
         self.assertEqual(len(self.stub.requests), 2)
 
     def test_the_deadline_bounds_all_tries_together(self):
-        again = http("", "500 Oops", retry_after="0")
+        again = reply("", "500 Oops", retry_after="0")
         self.stub.play(Drip(head("102 Processing"), 0.05, 2), again)
         self.stub.play(STALL)
         client = self.client(timeout=60, deadline=0.3)
@@ -4199,7 +4203,7 @@ class TestTime(Timed):
     def test_a_refusal_before_the_upload_is_finished_is_seen(self):
         def refuse(peer, sock):
             sock.recv(1000)
-            sock.sendall(http({"error": {"message": "too long"}}, "413 Too Large"))
+            sock.sendall(reply({"error": {"message": "too long"}}, "413 Too Large"))
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(1 << 16):
                 pass  # as nginx does, since closing at once would reset the connection
@@ -4214,7 +4218,7 @@ class TestTime(Timed):
     def test_a_refusal_by_a_server_that_reads_no_more_is_seen(self):
         def refuse(peer, sock):
             sock.recv(1000)
-            sock.sendall(http({"error": {"message": "too long"}}, "413 Too Large"))
+            sock.sendall(reply({"error": {"message": "too long"}}, "413 Too Large"))
 
         with Peer(refuse) as peer, self.assertRaisesRegex(lowrouter.APIStatusError, "too long"):
             self.remote(peer.url, timeout=5).chat("x" * (16 << 20))
@@ -4222,7 +4226,7 @@ class TestTime(Timed):
     def test_a_refusal_that_is_lost_in_a_reset_is_an_error_all_the_same(self):
         def refuse(peer, sock):
             sock.recv(1000)
-            sock.sendall(http({"error": {"message": "too long"}}, "413 Too Large"))
+            sock.sendall(reply({"error": {"message": "too long"}}, "413 Too Large"))
             reset(sock)
 
         with Peer(refuse) as peer:
@@ -4273,20 +4277,20 @@ class TestRetries(Timed):
         }.items():
             for name, call in calls.items():
                 with self.subTest(status, call=name):
-                    got, error = self.tries(http({"error": "no"}, f"{status} No"), call=call)
+                    got, error = self.tries(reply({"error": "no"}, f"{status} No"), call=call)
                     self.assertEqual((got, error.status), (tries, status))
                     self.assertEqual(len(self.waits), tries - 1)
 
     def test_a_call_that_is_answered_at_last_succeeds(self):
-        self.stub.play(http("", "500 Oops"))
-        self.stub.play(http("", "429 Too Many"))
-        self.stub.play(http(whole_answer()))
+        self.stub.play(reply("", "500 Oops"))
+        self.stub.play(reply("", "429 Too Many"))
+        self.stub.play(reply(whole_answer()))
         self.assertEqual(self.client().chat("Hello").text, "whole")
         bodies = {request.body for request in self.stub.requests}
         self.assertEqual((len(self.stub.requests), len(bodies)), (3, 1))
 
     def test_a_pinned_route_that_nobody_serves_is_asked_for_once(self):
-        refusal = http({"error": {"message": "no"}}, "503 Service Unavailable", retry_after="7")
+        refusal = reply({"error": {"message": "no"}}, "503 Service Unavailable", retry_after="7")
         route = {"region": "eu-west"}
         for name, settings, options in (
             ("call", {}, {"route": route}),
@@ -4313,18 +4317,18 @@ class TestRetries(Timed):
     def test_an_error_says_whether_it_is_worth_another_try(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             refused = f"http://127.0.0.1:{listener.getsockname()[1]}/api/v1"
-        no, pinned = http({"error": "no"}, "503 No"), {"route": {"region": "eu-west"}}
+        no, pinned = reply({"error": "no"}, "503 No"), {"route": {"region": "eu-west"}}
         for name, steps, settings, retryable in (
-            ("429", [http("", "429 Slow")], {}, True),
-            ("429 for long", [http("", "429 Slow", retry_after="61")], {}, False),
+            ("429", [reply("", "429 Slow")], {}, True),
+            ("429 for long", [reply("", "429 Slow", retry_after="61")], {}, False),
             ("503", [no], {}, True),
             ("503, pinned", [no], pinned, False),
-            ("429, pinned", [http("", "429 Slow")], pinned, True),
-            ("500, pinned", [http("", "500 Oops")], pinned, True),
-            ("400", [http("", "400 No")], {}, False),
+            ("429, pinned", [reply("", "429 Slow")], pinned, True),
+            ("500, pinned", [reply("", "500 Oops")], pinned, True),
+            ("400", [reply("", "400 No")], {}, False),
             ("refused", [], {"base_url": refused}, True),
             ("sent and lost", [CUT], {}, False),
-            ("sent and cut", [http(whole_answer())[:-4], CUT], {}, False),
+            ("sent and cut", [reply(whole_answer())[:-4], CUT], {}, False),
             ("sent and silent", [STALL], {"timeout": 0.05}, False),
         ):
             with self.subTest(name):
@@ -4377,7 +4381,7 @@ class TestRetries(Timed):
         for call, tries in (("chat", 1), ("get", 3)):
             with self.subTest(call):
                 got, error = self.tries(
-                    http(whole_answer())[:-4],
+                    reply(whole_answer())[:-4],
                     CUT,
                     call=lambda client, call=call: (
                         client.request("GET", "/x") if call == "get" else client.chat("Hello")
@@ -4409,24 +4413,24 @@ class TestRetries(Timed):
             self.assertEqual((tries, error.completion.text), (1, "be"))
 
     def test_an_answer_from_elsewhere_is_not_asked_for_again(self):
-        answer = http(whole_answer(), x_lowrouter_region="us-east")
+        answer = reply(whole_answer(), x_lowrouter_region="us-east")
         tries, error = self.tries(
             answer, call=lambda client: client.chat("Hello", route={"region": "eu-west"})
         )
         self.assertEqual((tries, type(error)), (1, lowrouter.RouteMismatchError))
 
     def test_the_waits_double_and_are_shortened_at_random(self):
-        self.tries(http("", "500 Oops"), max_retries=6)
+        self.tries(reply("", "500 Oops"), max_retries=6)
         self.assertEqual(len(self.waits), 6)
         for wait, most in zip(self.waits, (0.5, 1, 2, 4, 8, 8)):
             self.assertTrue(most * 0.75 <= wait <= most, self.waits)
         self.assertNotEqual(self.waits, [0.5, 1, 2, 4, 8, 8])
-        self.tries(http("", "500 Oops", retry_after="0"), max_retries=5)
+        self.tries(reply("", "500 Oops", retry_after="0"), max_retries=5)
         self.assertEqual(self.waits, [0] * 5)
 
     def test_max_retries(self):
         for retries in (0, 1, 4):
-            self.assertEqual(self.tries(http("", "500 Oops"), max_retries=retries)[0], retries + 1)
+            self.assertEqual(self.tries(reply("", "500 Oops"), max_retries=retries)[0], retries + 1)
         for bad in (-1, 1.5, None, True, "2"):
             with self.assertRaisesRegex(lowrouter.ConfigError, "max_retries"):
                 self.client(max_retries=bad)
@@ -4443,7 +4447,7 @@ class TestRetries(Timed):
             ("Fri, 01 Jan 1971 00:00:00 GMT", 0, 0),
         ):
             with self.subTest(value):
-                tries, error = self.tries(http("", "429 No", retry_after=value), max_retries=1)
+                tries, error = self.tries(reply("", "429 No", retry_after=value), max_retries=1)
                 self.assertEqual(tries, 2)
                 self.assertTrue(least <= self.waits[0] <= most, self.waits)
                 self.assertTrue(least - 2 <= error.retry_after <= most)
@@ -4452,7 +4456,7 @@ class TestRetries(Timed):
         late = email.utils.formatdate(time.time() + 7200, usegmt=True)
         for value, least, most in (("61", 61, 61), ("86400", 86400, 86400), (late, 7000, 7200)):
             with self.subTest(value):
-                tries, error = self.tries(http("", "503 No", retry_after=value))
+                tries, error = self.tries(reply("", "503 No", retry_after=value))
                 self.assertEqual((tries, self.waits), (1, []))
                 self.assertTrue(least <= error.retry_after <= most)
 
@@ -4470,7 +4474,7 @@ class TestRetries(Timed):
             "0x3",
         ):
             with self.subTest(value):
-                answer = http("", "429 No", retry_after="@").replace(b"@", value.encode("utf-8"))
+                answer = reply("", "429 No", retry_after="@").replace(b"@", value.encode("utf-8"))
                 tries, error = self.tries(answer, max_retries=1)
                 self.assertEqual((tries, error.retry_after), (2, None))
                 self.assertTrue(0.375 <= self.waits[0] <= 0.5)
@@ -4480,12 +4484,12 @@ class TestRetries(Timed):
             "Fri, 31 Dec 99999 23:59:59 GMT",
         ):
             with self.subTest(value[:40]):
-                _, error = self.tries(http("", "429 No", retry_after=value), max_retries=1)
+                _, error = self.tries(reply("", "429 No", retry_after=value), max_retries=1)
                 self.assertLessEqual(max(self.waits, default=0), 60)
                 self.assertTrue(error.retry_after is None or 60 < error.retry_after < 1e12)
 
     def test_white_space_around_retry_after_says_nothing(self) -> None:
-        self.stub.play(http({"error": "slow"}, "429 Slow", retry_after=" 61 "))
+        self.stub.play(reply({"error": "slow"}, "429 Slow", retry_after=" 61 "))
         with self.assertRaises(lowrouter.RateLimitError) as caught:
             self.client().chat("Hi")
         self.assertEqual((caught.exception.retry_after, len(self.stub.requests)), (61, 1))
@@ -4735,26 +4739,26 @@ class TestKey(Timed):
         begun = STREAM_HEAD + chunked(sse(delta("x"), done=False), end=False)
         error_body = {"error": {"message": echo, "code": KEY, "metadata": {KEY: [{"a": KEY}]}}}
         table = {
-            "message": http(error_body, "400 Bad"),
-            "text": http(echo, "401 No", "text/plain"),
-            "broken JSON": http(quoted[:-1], "500 No"),
-            "detail": http({"detail": echo}, "404 No"),
-            "JSON string": http(json.dumps(echo), "422 No"),
-            "JSON escapes": http(quoted.replace("lr-sk", "\\u006cr-sk"), "400 Bad"),
-            "header values": http("", "400 Bad", x_request_id=KEY, retry_after=KEY, x=echo),
-            "two headers": http("", "400 Bad", x=echo, X=echo, www_authenticate=f'x="{KEY}"'),
-            "generation id": http("", "400 Bad", x_lowrouter_generation_id=KEY),
+            "message": reply(error_body, "400 Bad"),
+            "text": reply(echo, "401 No", "text/plain"),
+            "broken JSON": reply(quoted[:-1], "500 No"),
+            "detail": reply({"detail": echo}, "404 No"),
+            "JSON string": reply(json.dumps(echo), "422 No"),
+            "JSON escapes": reply(quoted.replace("lr-sk", "\\u006cr-sk"), "400 Bad"),
+            "header values": reply("", "400 Bad", x_request_id=KEY, retry_after=KEY, x=echo),
+            "two headers": reply("", "400 Bad", x=echo, X=echo, www_authenticate=f'x="{KEY}"'),
+            "generation id": reply("", "400 Bad", x_lowrouter_generation_id=KEY),
             "reason": head("400 " + echo, "Content-Length: 0"),
             "redirect": head(f"302 {KEY}", f"Location: https://{KEY}/{KEY}", "Content-Length: 0"),
             "redirect with a user": head("302 Found", f"Location: https://{KEY}@x/{KEY}"),
-            "error in a 200": http(event),
-            "HTML": http(f"<html>{echo}</html>"),
-            "no JSON": http(f"{echo}"),
-            "JSON and more": http(quoted + echo),
-            "no UTF-8": http(b"\xff" + echo.encode()),
-            "no completion": http({"echo": [echo]}),
-            "cut": http(quoted)[:-2],
-            "encoded": http(echo, content_encoding=KEY),
+            "error in a 200": reply(event),
+            "HTML": reply(f"<html>{echo}</html>"),
+            "no JSON": reply(f"{echo}"),
+            "JSON and more": reply(quoted + echo),
+            "no UTF-8": reply(b"\xff" + echo.encode()),
+            "no completion": reply({"echo": [echo]}),
+            "cut": reply(quoted)[:-2],
+            "encoded": reply(echo, content_encoding=KEY),
             "transfer encoding": head("200 OK", f"Transfer-Encoding: {KEY}") + echo.encode(),
             "content length": head("200 OK", f"Content-Length: {KEY}") + echo.encode(),
             "status line": f"HTTP/1.1 {KEY} OK\r\n\r\n".encode(),
@@ -4792,9 +4796,9 @@ class TestKey(Timed):
         cut = STREAM_HEAD + chunked(sse(*halves, done=False), end=False)
         failed = {"choices": [{"message": {"content": KEY}, "finish_reason": "error"}]}
         for name, answer, text in (
-            ("answer from elsewhere", http(echoed, x_echo=KEY), "Hello"),
+            ("answer from elsewhere", reply(echoed, x_echo=KEY), "Hello"),
             ("cut", cut, "[key]!"),
-            ("failed", http(failed), "[key]"),
+            ("failed", reply(failed), "[key]"),
         ):
             for call in ("chat", "stream") if name != "cut" else ("stream",):
                 with self.subTest(name, call=call):
@@ -4812,7 +4816,7 @@ class TestKey(Timed):
                 client = self.client(api_key=key)
                 events = chunked(sse(delta("whole"), delta(finish="stop")))
                 self.stub.play(STREAM_HEAD + events)
-                self.stub.play(http("no keyed box", "400 Bad"))
+                self.stub.play(reply("no keyed box", "400 Bad"))
                 self.assertEqual(client.stream("Hello").result().text, "whole")
                 with self.assertRaisesRegex(lowrouter.APIStatusError, "no keyed box"):
                     client.chat("Hello")
@@ -4823,7 +4827,7 @@ class TestKey(Timed):
             for text in ("x" * length + KEY, json.dumps({"error": "x" * length + KEY})):
                 for status in ("400 Bad", "200 OK"):
                     with self.subTest(length, status=status):
-                        self.stub.play(http(text, status))
+                        self.stub.play(reply(text, status))
                         with self.assertRaises(lowrouter.LowRouterError) as caught:
                             client.chat("Hello")
                         self.assert_key_is_hidden(all_that_shows(caught.exception))
@@ -4836,7 +4840,7 @@ class TestKey(Timed):
     def test_what_is_no_list_of_models_does_not_show_the_key(self):
         for body in ({"data": KEY}, [KEY], {"data": [{KEY: 1}, KEY]}, KEY):
             with self.subTest(type(body)):
-                self.stub.play(http(json.dumps(body)))
+                self.stub.play(reply(json.dumps(body)))
                 with self.assertRaises(lowrouter.BadResponseError) as caught:
                     self.client().models()
                 shown = json.loads(json.dumps(body).replace(KEY, "[key]"))
@@ -4851,7 +4855,7 @@ class TestKey(Timed):
             ("400 Bad", "x " + json.dumps({"error": {"code": key}})),
         ):
             with self.subTest(status, text=text[:5]):
-                self.stub.play(http(text, status))
+                self.stub.play(reply(text, status))
                 with self.assertRaises(lowrouter.LowRouterError) as caught:
                     self.client(api_key=key).chat("Hello")
                 shown = all_that_shows(caught.exception)
@@ -4931,7 +4935,7 @@ class TestKey(Timed):
     def test_the_public_beginning_of_a_key_is_no_secret(self):
         begun = STREAM_HEAD + chunked(sse(delta("keys begin with "), delta("lr-sk-"), done=False))
         self.stub.play(begun, CUT)
-        self.stub.play(http({"error": {"message": "no lr-sk-"}}, "400 Bad", x_hint="lr-sk-"))
+        self.stub.play(reply({"error": {"message": "no lr-sk-"}}, "400 Bad", x_hint="lr-sk-"))
         with self.assertRaises(lowrouter.StreamError) as caught:
             self.client().stream("Hello").result()
         self.assertEqual(caught.exception.completion.text, "keys begin with lr-sk-")
@@ -4953,7 +4957,7 @@ class TestKey(Timed):
 
     def test_the_debug_level_of_http_client_does_not_print_the_key(self):
         printed = io.StringIO()
-        level = mock.patch.object(http_client.HTTPConnection, "debuglevel", 1)
+        level = mock.patch.object(http.client.HTTPConnection, "debuglevel", 1)
         with level, contextlib.redirect_stdout(printed):
             self.client().chat("Hello")
             self.client().stream("Hello").result()
@@ -5002,7 +5006,7 @@ class TestKey(Timed):
 
     def test_half_a_key_at_the_end_of_a_cut_body_is_hidden_too(self):
         for size in range(16, len(KEY)):
-            self.stub.play(http('{"error": "' + KEY[:size], "401 No"))
+            self.stub.play(reply('{"error": "' + KEY[:size], "401 No"))
             with self.assertRaises(lowrouter.AuthenticationError) as caught:
                 self.client(max_retries=0).chat("Hello")
             self.assert_key_is_hidden(all_that_shows(caught.exception))
@@ -5034,7 +5038,7 @@ class TestKey(Timed):
                 self.stub.play(stream_head(**routed) + chunked(sse(delta("a", "stop"))))
                 answer = client.stream("Hello").result()
                 self.assertEqual((answer.text, answer.generation_id), ("a", "gen_test"))
-                self.stub.play(http(whole_answer(), **routed))
+                self.stub.play(reply(whole_answer(), **routed))
                 self.assertEqual(client.chat("Hello").region, "eu-west")
 
 
@@ -5227,7 +5231,7 @@ class TestTls(WithCertificates):
                     with mock.patch.dict(os.environ, {variable: path}):
                         with self.assertRaisesRegex(lowrouter.ConfigError, re.escape(path)):
                             self.ask(stub)
-        with self.assertRaisesRegex(lowrouter.ConfigError, "CA file 3 is of no use"):
+        with self.assertRaisesRegex(lowrouter.ConfigError, "needs a CA file, and 3 is none"):
             self.ask(stub, ca_file=3)
         path = self.path("missing-folder")
         with mock.patch.dict(os.environ, SSL_CERT_DIR=path):
@@ -5238,7 +5242,7 @@ class TestTls(WithCertificates):
     def test_a_ca_file_that_vanishes_after_the_first_call_is_not_missed(self):
         stub, path = self.gateway(), self.path("vanishes.pem")
         shutil.copy(self.path("ca.pem"), path)
-        stub.play(http(whole_answer(), connection="close"))
+        stub.play(reply(whole_answer(), connection="close"))
         with lowrouter.Client(KEY, base_url=stub.url, ca_file=path) as client:
             client.chat("Hello")
             os.remove(path)
@@ -5289,7 +5293,7 @@ class TestTls(WithCertificates):
         )
         self.addCleanup(client.close)
         for end in (CUT, RESET):
-            for answer in (http(body)[:-3], head("200 OK") + body[:-3], http(body)[:30], b""):
+            for answer in (reply(body)[:-3], head("200 OK") + body[:-3], reply(body)[:30], b""):
                 with self.subTest(answer[-20:], end=end):
                     stub.play(answer, end)
                     with self.assertRaises(lowrouter.LowRouterError):
@@ -5307,11 +5311,11 @@ class TestTls(WithCertificates):
             for number, trouble in enumerate(
                 (
                     lambda sock: sock.shutdown(socket.SHUT_RDWR),
-                    lambda sock: sock.sendall(http(whole_answer("smuggled"))),
+                    lambda sock: sock.sendall(reply(whole_answer("smuggled"))),
                 )
             ):
                 done = threading.Event()
-                stub.play(http(whole_answer("first")), trouble, lambda sock, done=done: done.set())
+                stub.play(reply(whole_answer("first")), trouble, lambda sock, done=done: done.set())
                 self.assertEqual(client.chat("Hello").text, "first")
                 self.assertTrue(done.wait(10))
                 self.assertEqual(client.chat("Say hello").text, "Hello!")
@@ -5385,7 +5389,7 @@ class TestProxies(WithCertificates):
         self.assertEqual(stub.requests, [])
 
     def test_plain_http_is_asked_of_the_proxy_with_the_whole_address(self):
-        answers = http(whole_answer("proxied"))
+        answers = reply(whole_answer("proxied"))
 
         def serve(peer, sock):
             while True:
@@ -5412,10 +5416,10 @@ class TestProxies(WithCertificates):
         login = "(407): put user and password into HTTPS_PROXY"
         table = {
             "407": (head("407 Proxy Authentication Required", "Content-Length: 0"), 1, login),
-            "407 with a body": (http(body, "407 No"), 1, login),
+            "407 with a body": (reply(body, "407 No"), 1, login),
             "401": (head("401 Unauthorized", "Content-Length: 0"), 1, "401"),
             "403": (head("403 Forbidden", "Content-Length: 0"), 3, "(403): check"),
-            "502": (http("<html>", "502 Bad Gateway"), 3, "502"),
+            "502": (reply("<html>", "502 Bad Gateway"), 3, "502"),
             "redirect": (head("302 Found", "Location: http://x/"), 3, "302"),
             "rubbish": (b"220 smtp.test ESMTP\r\n", 3, ""),
             "no bytes": (b"", 3, ""),
@@ -5442,7 +5446,7 @@ class TestProxies(WithCertificates):
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "descriptors cannot be counted here")
     def test_errors_of_a_proxy_that_are_kept_hold_no_connection(self):
         kept, before = [], descriptors()
-        with Peer(tunnels(None, http("", "407 No"))) as proxy, self.through(proxy):
+        with Peer(tunnels(None, reply("", "407 No"))) as proxy, self.through(proxy):
             client = lowrouter.Client(KEY, base_url="https://gateway.test/")
             for _ in range(10):
                 try:
@@ -5463,7 +5467,7 @@ class TestProxies(WithCertificates):
 
     def proxied(self, url, **environment):
         """Whether a call to `url` reaches the proxy; the network is not touched."""
-        refuse = http({"error": "no"}, "404 Not Found")
+        refuse = reply({"error": "no"}, "404 Not Found")
         settings = {"allow_http": True, "max_retries": 0, "timeout": 5}
         with Peer(tunnels(None, refuse)) as proxy, only_loopback():
             address = f"http://127.0.0.1:{proxy.port}"
@@ -5692,17 +5696,17 @@ class TestBounds(Timed):
         for encoding in ("gzip", "GZIP", "br", "deflate", "identity, gzip"):
             for call in ("chat", "stream"):
                 with self.subTest(encoding, call=call):
-                    self.stub.play(http(bomb, content_encoding=encoding))
+                    self.stub.play(reply(bomb, content_encoding=encoding))
                     with self.memory(5), self.assertRaises(lowrouter.BadResponseError) as caught:
                         getattr(self.client(), call)("Hello")
                     self.assertRegex(str(caught.exception), "encod.*proxy")
         self.assertEqual(self.stub.requests[-1].headers["Accept-Encoding"], "identity")
-        self.stub.play(http(gzip.compress(b"{}"), "400 Bad", content_encoding="gzip"))
+        self.stub.play(reply(gzip.compress(b"{}"), "400 Bad", content_encoding="gzip"))
         with self.assertRaisesRegex(lowrouter.APIStatusError, ": Bad") as caught:
             self.client().chat("Hello")
         self.assertEqual(caught.exception.body, "")
         for encoding in ("identity", "Identity ", ""):
-            self.stub.play(http(whole_answer(), content_encoding=encoding))
+            self.stub.play(reply(whole_answer(), content_encoding=encoding))
             self.assertEqual(self.client().chat("Hello").text, "whole")
 
     def test_json_that_python_cannot_read_is_a_bad_response(self):
@@ -5728,13 +5732,13 @@ class TestBounds(Timed):
             "HTML with a BOM": b"\xef\xbb\xbf <html>",
         }
         latin = json.dumps(whole_answer("\xe9"), ensure_ascii=False).encode("latin-1")
-        self.stub.play(http(latin))
+        self.stub.play(reply(latin))
         self.assertRaises(lowrouter.BadResponseError, self.client().chat, "Hello")
         for name, body in table.items():
             for kind in ("application/json", "text/plain"):
                 for call in ("chat", "stream"):
                     with self.subTest(name, call=call, kind=kind):
-                        self.stub.play(http(body, content_type=kind))
+                        self.stub.play(reply(body, content_type=kind))
                         with self.assertRaises(lowrouter.BadResponseError) as caught:
                             answer = getattr(self.client(), call)("Hello")
                             if call == "stream":
@@ -5743,11 +5747,11 @@ class TestBounds(Timed):
 
     def test_json_that_is_odd_is_handed_on(self):
         for odd in ('{"choices": [], "n": 1e999}', '{"choices": [], "n": NaN, "n": 1}'):
-            self.stub.play(http(odd))
+            self.stub.play(reply(odd))
             self.assertEqual(self.client().chat("Hello").text, "")
-        self.stub.play(http(b"\xef\xbb\xbf" + json.dumps(whole_answer()).encode()))
+        self.stub.play(reply(b"\xef\xbb\xbf" + json.dumps(whole_answer()).encode()))
         self.assertEqual(self.client().chat("Hello").text, "whole")
-        self.stub.play(http('{"choices": [], "n": %s}' % ("9" * 5000)))
+        self.stub.play(reply('{"choices": [], "n": %s}' % ("9" * 5000)))
         with contextlib.suppress(lowrouter.BadResponseError):  # as Python's version has it
             self.client().chat("Hello")
 
@@ -5798,7 +5802,7 @@ class TestBounds(Timed):
             "9" * 5000,
         ):
             with self.subTest(body[:20]):
-                self.stub.play(http(body, "403 Forbidden"))
+                self.stub.play(reply(body, "403 Forbidden"))
                 with self.assertRaises(lowrouter.PermissionDeniedError) as caught:
                     self.client().chat("Hello")
                 self.assertTrue(str(caught.exception).isprintable())
@@ -5886,7 +5890,7 @@ class TestThreads(Timed):
                     if sock.recv(1) == b"":
                         left.set()
 
-                self.stub.play(http(whole_answer()))
+                self.stub.play(reply(whole_answer()))
                 self.stub.play(begun if call == "stream" else b"", play)
                 process = run_script(self, script, KEY, self.stub.url, call)
                 self.assertEqual(process.stdout.readline(), "waits\n")
@@ -6373,6 +6377,20 @@ class TestRunner(Clean):
         output, errors, status = self.run_to_end(good, bad)
         self.assertEqual((output, status), ("1 passed, 1 failed, 0 skipped\n", 1))
         self.assertIn(bad.partition(".")[2], errors)
+        output, errors, status = self.run_to_end("--help")
+        self.assertIn("... serve", output)
+        self.assertEqual((errors, status), ("", 0))
+
+    def test_the_readme_of_another_project_is_not_tested(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for module in (lowrouter, sys.modules[__name__]):
+                shutil.copy(os.path.abspath(module.__file__), folder)
+            with open(os.path.join(folder, "README.md"), "w") as file:
+                file.write("# mine\n")
+            command = [sys.executable, "test_lowrouter.py", "TestReadme"]
+            pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+            done = subprocess.run(command, cwd=folder, timeout=60, **pipes)
+        self.assertRegex(done.stdout, rb"\n0 passed, 0 failed, [0-9]+ skipped\n\Z")
 
     def test_try_runs_a_command_against_a_stub_of_its_own(self):
         output, errors, status = self.run_to_end("try", "chat", "Count to 3")
@@ -6555,7 +6573,7 @@ class TestCommandLine(_Commands):
         self.assertIn(record["eco"]["accuracy"], self.err)
         self.run_main("chat", "-v", "-m", "deepinfra/preview-1", "Hello")
         self.assertIn("Wh not given, gCO2e not given", self.err)
-        self.stub.play(http(whole_answer()))
+        self.stub.play(reply(whole_answer()))
         self.assertEqual(self.run_main("chat", "-v", "Hello"), 0)
         self.assertIn("tokens not given", self.err)
 
@@ -6591,30 +6609,34 @@ class TestCommandLine(_Commands):
 
     def test_a_terminal_is_not_steered_but_a_file_gets_every_byte(self) -> None:
         text = "\x1b[2J\x07\u009b31m\r\ta\nü\x7f"
-        self.stub.play(http({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}))
+        self.stub.play(
+            reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+        )
         self.run_main("chat", "Hello")
         self.assertEqual(self.raw, text.encode("utf-8"))
-        self.stub.play(http({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}))
+        self.stub.play(
+            reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+        )
         self.run_main("chat", "Hello", out=True)
         self.assertEqual(self.out, "\\u001b[2J\\u0007\\u009b31m\\u000d\ta\nü\\u007f\n")
 
     def test_exit_statuses_tell_a_script_whose_fault_it_is(self) -> None:
         refused = {"error": {"message": "no", "code": "c"}}
         table = (
-            (3, [http(refused, "401 Unauthorized")], []),
-            (3, [http(refused, "403 Forbidden")], []),
-            *((4, [http(refused, f"{status} No")], []) for status in (400, 402, 404, 413, 422)),
-            (5, [http(refused, "429 Slow", retry_after="99")], []),
-            (5, [http(refused, "500 Oh", retry_after="99")], []),
-            (5, [http(refused, "408 Oh", retry_after="99")], []),
-            (5, [http(refused, "409 Oh", retry_after="99")], []),
-            (5, [http(refused, "503 Oh", retry_after="99")], []),
-            (6, [http(refused, "503 Oh")], ["--region", "eu-west"]),
-            (6, [http(refused, "503 Oh")], ["-p", 'route={"provider": "openai"}']),
+            (3, [reply(refused, "401 Unauthorized")], []),
+            (3, [reply(refused, "403 Forbidden")], []),
+            *((4, [reply(refused, f"{status} No")], []) for status in (400, 402, 404, 413, 422)),
+            (5, [reply(refused, "429 Slow", retry_after="99")], []),
+            (5, [reply(refused, "500 Oh", retry_after="99")], []),
+            (5, [reply(refused, "408 Oh", retry_after="99")], []),
+            (5, [reply(refused, "409 Oh", retry_after="99")], []),
+            (5, [reply(refused, "503 Oh", retry_after="99")], []),
+            (6, [reply(refused, "503 Oh")], ["--region", "eu-west"]),
+            (6, [reply(refused, "503 Oh")], ["-p", 'route={"provider": "openai"}']),
             (7, [CUT], []),
             (7, [STREAM_HEAD, CUT], []),
             (7, [STREAM_HEAD, chunked(b": ping\n\n", end=False), CUT], []),
-            (1, [http("<html>", content_type="text/html")], []),
+            (1, [reply("<html>", content_type="text/html")], []),
             (7, [STREAM_HEAD, chunked(sse(delta(""), done=False), end=False), CUT], []),
             (8, [STREAM_HEAD, chunked(sse(delta("partial"), done=False), end=False), CUT], []),
         )
@@ -6630,7 +6652,7 @@ class TestCommandLine(_Commands):
         choice = {"message": {"content": "Hello!"}, "finish_reason": "stop"}
         answer = {"choices": [choice], "lowrouter": {"region": "us-east"}}
         for options in ([], ["--no-stream"], ["--json"]):
-            self.stub.play(http(answer))
+            self.stub.play(reply(answer))
             self.assertEqual(self.run_main("chat", "--region", "eu-west", *options, "Hello"), 6)
             self.assertEqual(self.out, "")
 
@@ -6642,7 +6664,7 @@ class TestCommandLine(_Commands):
         self.assertEqual(json.loads(self.err)["error"]["exit"], 8)
         choice = {"message": {"content": "half"}, "finish_reason": "error"}
         for options in ([], ["--no-stream"]):
-            self.stub.play(http({"choices": [choice]}))
+            self.stub.play(reply({"choices": [choice]}))
             self.assertEqual(self.run_main("chat", *options, "Hello"), 8)
             self.assertEqual(self.out, "half")
 
@@ -6738,6 +6760,8 @@ class TestCommandLine(_Commands):
                     self.assertLessEqual(max(map(len, lines)), int(columns))
                     starts = {line.index(line.split()[1]) for line in lines}
                     self.assertEqual(len(starts), 1)
+                    shown = {len(re.split("  +", line)) for line in lines}
+                    self.assertEqual(shown, {5 if columns == "80" else 6})  # narrow ones
         del os.environ["COLUMNS"]
         self.run_main("models", "codestral")
         for word in ("mistral/codestral-2508", "256000", "medium", "eu-west", "prompt 0.03"):
@@ -6747,7 +6771,7 @@ class TestCommandLine(_Commands):
     def test_models_show_what_is_there_whatever_it_is_called(self) -> None:
         odd = {"id": "b", "prompt_price": "0.1", "completion_price": "0.2", "vision": True}
         odd.update(context_window=8192, regions={"eu-west": True, "us-east": False}, eco="A")
-        self.stub.play(http([{"id": "a"}, odd, {"id": None}, {"x": [{}]}]))
+        self.stub.play(reply([{"id": "a"}, odd, {"id": None}, {"x": [{}]}]))
         del os.environ["COLUMNS"]
         self.assertEqual(self.run_main("models"), 0)
         line = next(line for line in self.out.splitlines() if line.startswith("b"))
@@ -6765,7 +6789,7 @@ class TestCommandLine(_Commands):
         self.assertEqual(len(self.out.splitlines()), 2)
         self.run_main("models", "scaleway", "--json")
         self.assertEqual([m["id"].partition("/")[0] for m in json.loads(self.out)], ["scaleway"])
-        self.stub.play(http([{"id": "Ü/B", "regions": ["eu-west", "us-east"]}]))
+        self.stub.play(reply([{"id": "Ü/B", "regions": ["eu-west", "us-east"]}]))
         self.run_main("models", "--refresh", "ü/b")
         self.assertEqual(self.out.split(), ["ID", "REGIONS", "Ü/B", "eu-west", "us-east"])
         self.run_main("models", "--json")
@@ -6805,7 +6829,7 @@ class TestCommandLine(_Commands):
         traces = ("text", ["a", "b"], [[], {}, [[1]]], {"a": {"b": [{"c": None}]}}, None, 1, [])
         for trace in traces:
             with self.subTest(trace=trace):
-                self.stub.play(http({"generation_id": "g", "routing_trace": trace}))
+                self.stub.play(reply({"generation_id": "g", "routing_trace": trace}))
                 self.assertEqual(self.run_main("generation", "g"), 0)
                 self.assertIn("routing_trace", self.out)
                 self.assertRegex(self.out, "(?m)^eco +not given$")
@@ -6852,7 +6876,7 @@ class TestCommandLine(_Commands):
 
     def test_a_command_tries_again_as_the_library_does(self) -> None:
         for _ in range(2):
-            self.stub.play(http({"error": "no"}, "500 Oh", retry_after="0"))
+            self.stub.play(reply({"error": "no"}, "500 Oh", retry_after="0"))
         self.assertEqual(self.run_main("chat", "Say hello"), 0)
         self.assertEqual((self.out, len(self.sent())), ("Hello!", 3))
 
@@ -7122,9 +7146,9 @@ class TestBatch(_Commands):
         def arrived(_: object) -> None:
             arrivals.append(time.monotonic())
 
-        self.stub.play(arrived, http({"error": "slow"}, "429 Slow", retry_after="0.6"))
+        self.stub.play(arrived, reply({"error": "slow"}, "429 Slow", retry_after="0.6"))
         for _ in range(40):
-            self.stub.play(arrived, http(self.answer()))
+            self.stub.play(arrived, reply(self.answer()))
         self.assertEqual(self.batch(self.numbered(40), "--workers", "4"), 0)
         self.assertEqual(len(self.results()), 40)
         refused = arrivals[0]  # what was in flight then is answered at once, the others wait
@@ -7134,7 +7158,7 @@ class TestBatch(_Commands):
         self.assertGreater(len(later), 20)
 
     def test_a_line_that_is_put_off_for_ever_fails(self) -> None:
-        self.stub.play(http({"error": "slow"}, "429 Slow", retry_after="3600"))
+        self.stub.play(reply({"error": "slow"}, "429 Slow", retry_after="3600"))
         self.assertEqual(self.batch(self.numbered(1)), 9)
         self.assertEqual(len(self.sent()), 1)
         self.assertEqual(self.results()[0]["error"]["code"], "RateLimitError")
@@ -7145,16 +7169,16 @@ class TestBatch(_Commands):
             with self.subTest(status):
                 before = len(self.stub.requests)
                 for _ in range(6):
-                    self.stub.play(http({"error": "no"}, status, retry_after="0.01"))
-                self.stub.play(http(self.answer()))
+                    self.stub.play(reply({"error": "no"}, status, retry_after="0.01"))
+                self.stub.play(reply(self.answer()))
                 self.assertEqual(self.batch(self.lines(*jobs), "--workers", "1"), 9)
                 self.assertEqual(len(self.stub.requests) - before, 7)
                 self.assertIn("2 requests, 1 failed", self.err)
                 os.remove(self.path("out.jsonl"))
 
     def test_a_line_that_is_refused_or_lost_does_not_stop_the_others(self) -> None:
-        lost = http(self.answer())[:-9]
-        refused = http({"error": "no"}, "404 No", x_request_id="req_1")
+        lost = reply(self.answer())[:-9]
+        refused = reply({"error": "no"}, "404 No", x_request_id="req_1")
         for status, steps in ((404, [refused]), (None, [lost, CUT])):
             with self.subTest(status):
                 self.stub.play(*steps)
@@ -7176,10 +7200,10 @@ class TestBatch(_Commands):
 
     def test_a_line_that_is_put_off_is_tried_again(self) -> None:
         for status in ("500 Oh", "429 Slow", "503 Oh"):
-            self.stub.play(http({"error": "slow"}, status, retry_after="0.01"))
+            self.stub.play(reply({"error": "slow"}, status, retry_after="0.01"))
         self.assertEqual(self.batch(self.numbered(1)), 0)
         self.assertEqual(len(self.sent()), 4)
-        self.stub.play(http({"error": "none"}, "503 Oh", retry_after="0.01"))
+        self.stub.play(reply({"error": "none"}, "503 Oh", retry_after="0.01"))
         pinned = self.job("pinned", route={"region": "eu-west"})
         self.assertEqual(self.batch(self.lines(pinned)), 9)
         self.assertEqual(len(self.sent()), 5)
@@ -7195,7 +7219,7 @@ class TestBatch(_Commands):
             with self.subTest(status):
                 before = len(self.stub.requests)
                 for _ in range(100):
-                    self.stub.play(http({"error": "no more"}, status, **headers))
+                    self.stub.play(reply({"error": "no more"}, status, **headers))
                 self.assertEqual(self.batch(source, "--workers", "4", "-q"), 9)
                 self.stub.script.clear()
                 self.assertLessEqual(len(self.stub.requests) - before, 8)
@@ -7225,7 +7249,7 @@ class TestBatch(_Commands):
             process = self.spawn("batch", source, self.path("out.jsonl"))
             second.extend([self.finish(process), self.err])
 
-        self.stub.play(run_again, http(self.answer()))
+        self.stub.play(run_again, reply(self.answer()))
         self.assertEqual(self.batch(source, "--workers", "1"), 0)
         self.assertEqual((second[0], second[1].count("\n")), (2, 1))
         self.assertIn("out.jsonl is in use", second[1])
@@ -7249,9 +7273,9 @@ class TestBatch(_Commands):
 
     def test_a_line_that_fails_again_and_again_does_not_stop_the_others(self) -> None:
         failed, order = [], []
-        self.stub.play(http({"error": "no"}, "500 Oh"))
+        self.stub.play(reply({"error": "no"}, "500 Oh"))
         for _ in range(20):
-            self.stub.play(lambda _: order.append(1), http(self.answer()))
+            self.stub.play(lambda _: order.append(1), reply(self.answer()))
         with mock.patch.object(
             threading.Event, "wait", lambda _, seconds=0: failed.append(seconds)
         ):
@@ -7302,7 +7326,7 @@ class TestBatch(_Commands):
         self.assertNotIn("(0 gave none)", self.err)
         os.remove(self.path("out.jsonl"))
         for usage in ({"total_tokens": 10**9, "cost": 0.1}, {"total_tokens": 1e400, "cost": 0.2}):
-            self.stub.play(http({**self.answer(), "note": "ü", "usage": usage}))
+            self.stub.play(reply({**self.answer(), "note": "ü", "usage": usage}))
         self.assertEqual(self.batch(self.lines(self.job("a"), self.job("b")), "-q"), 0)
         self.assertIn("0 failed, 1,000,000,000 tokens (1 gave none), 0.3 cost, ", self.err)
         with open(self.path("out.jsonl"), encoding="utf-8") as file:
@@ -7312,7 +7336,7 @@ class TestBatch(_Commands):
         source, out = self.numbered(30), self.path("out.jsonl")
         reached = threading.Event()
         for _ in range(12):
-            self.stub.play(http(self.answer()))
+            self.stub.play(reply(self.answer()))
         for _ in range(4):
             self.stub.play(lambda sock: reached.set(), STALL)
         process = self.spawn("batch", source, out, "--workers", "4")
@@ -7347,7 +7371,7 @@ class TestBatch(_Commands):
 
     def test_ctrl_c_keeps_what_was_under_way_and_says_how_to_go_on(self) -> None:
         under_way, go = threading.Event(), threading.Event()
-        self.stub.play(lambda sock: under_way.set(), Wait(go), http(self.answer()))
+        self.stub.play(lambda sock: under_way.set(), Wait(go), reply(self.answer()))
         process = self.spawn("batch", self.numbered(20), self.path("out.jsonl"), "--workers", "1")
         self.assertTrue(under_way.wait(10))
         process.send_signal(signal.SIGINT)
@@ -7362,7 +7386,7 @@ class TestBatch(_Commands):
 
     def test_an_in_that_changes_meanwhile_loses_no_answer(self) -> None:
         source, under_way, go = self.numbered(5000), threading.Event(), threading.Event()
-        self.stub.play(lambda sock: under_way.set(), Wait(go), http(self.answer()))
+        self.stub.play(lambda sock: under_way.set(), Wait(go), reply(self.answer()))
         process = self.spawn("batch", source, self.path("out.jsonl"), "--workers", "1")
         self.assertTrue(under_way.wait(10))
         self.path("in.jsonl", "no request\n" * 9)
@@ -7416,8 +7440,8 @@ class TestBatch(_Commands):
             resource.prlimit(process.pid, limit, (none, none))
 
         both = threading.Event()
-        self.stub.play(Wait(both), http(long))
-        self.stub.play(lambda _: both.set(), make_room, http(self.answer()))
+        self.stub.play(Wait(both), reply(long))
+        self.stub.play(lambda _: both.set(), make_room, reply(self.answer()))
         folder = os.path.dirname(os.path.abspath(lowrouter.__file__))
         process = self.spawn("batch", source, out, "--workers", "2", code=code, cwd=folder)
         self.assertEqual(self.finish(process), 1)
@@ -7428,7 +7452,7 @@ class TestBatch(_Commands):
         out = self.path("out.jsonl")
         seen = []
         for _ in range(3):
-            self.stub.play(lambda sock: seen.append(self.size(out)), http(self.answer()))
+            self.stub.play(lambda sock: seen.append(self.size(out)), reply(self.answer()))
         self.assertEqual(self.batch(self.numbered(3), "--workers", "1"), 0)
         self.assertEqual(seen, [0, 1, 2])
 
@@ -7450,8 +7474,8 @@ class TestBatch(_Commands):
         jobs = [self.job(f"id-{number}") for number in range(10)]
         jobs[2]["body"]["route"] = {"region": "eu-west"}
         for number in range(10):
-            refused = http({"error": "no"}, "503 No", retry_after="100")
-            self.stub.play(refused if number == 2 else http(self.answer()))
+            refused = reply({"error": "no"}, "503 No", retry_after="100")
+            self.stub.play(refused if number == 2 else reply(self.answer()))
         self.assertEqual(self.batch(self.lines(*jobs), "--workers", "1"), 9)
         self.assertIn("10 requests, 1 failed", self.err)
         self.assertIn("0 not sent", self.err)
@@ -7459,8 +7483,8 @@ class TestBatch(_Commands):
     def test_a_gateway_that_lets_one_through_now_and_then_serves_all(self) -> None:
         for refusals in (7, 7, 7, 5, 3, 1):
             for _ in range(refusals):
-                self.stub.play(http({"error": "slow"}, "429 Slow", retry_after="0.1"))
-            self.stub.play(http(self.answer()))
+                self.stub.play(reply({"error": "slow"}, "429 Slow", retry_after="0.1"))
+            self.stub.play(reply(self.answer()))
         self.assertEqual(self.batch(self.numbered(6), "--workers", "4"), 0)
 
     def test_what_cannot_be_sent_is_told_before_anything_is_sent(self) -> None:
@@ -7480,7 +7504,7 @@ class TestBatch(_Commands):
         self.assertEqual(self.sent(), [])
 
     def test_what_is_no_more_in_in_does_not_count(self) -> None:
-        self.stub.play(http({"error": "no"}, "400 Bad"))
+        self.stub.play(reply({"error": "no"}, "400 Bad"))
         self.assertEqual(self.batch(self.lines(self.job("bad"), self.job("a"))), 9)
         self.assertEqual(self.batch(self.lines(self.job("a"), self.job("b"))), 0)
         self.assertEqual(len(self.results()), 3)
@@ -7492,21 +7516,21 @@ class TestBatch(_Commands):
             arrivals.append(time.monotonic())
 
         def slow(seconds: str) -> bytes:
-            return http({"error": "slow"}, "429 Slow", retry_after=seconds)
+            return reply({"error": "slow"}, "429 Slow", retry_after=seconds)
 
         then = lambda event: lambda sock: event.set()  # noqa: E731
         self.stub.play(arrived, Wait(three), slow("0.6"), then(limited))
-        self.stub.play(arrived, Wait(limited), http(self.answer()), then(free))
+        self.stub.play(arrived, Wait(limited), reply(self.answer()), then(free))
         self.stub.play(arrived, then(three), Wait(free), Drip(b"", 0.2, 1), slow("2"))
         for _ in range(6):
-            self.stub.play(arrived, http(self.answer()))
+            self.stub.play(arrived, reply(self.answer()))
         self.assertEqual(self.batch(self.numbered(6), "--workers", "3"), 0)
         pauses = [after - before for before, after in zip(arrivals, arrivals[1:])]
         self.assertGreater(max(pauses), 1.9)  # it was 1.6 if somebody woke up between
 
     def test_an_out_that_was_removed_meanwhile_is_there_at_the_end(self) -> None:
         out = self.path("out.jsonl")
-        self.stub.play(lambda _: os.remove(out), http(self.answer()))
+        self.stub.play(lambda _: os.remove(out), reply(self.answer()))
         self.assertEqual(self.batch(self.numbered(3), "--workers", "1"), 0)
         self.assertEqual(len(self.results()), 3)
 
@@ -7520,7 +7544,10 @@ _MANY = "Many machines"  # the section whose blocks need Spark and Ray, which no
 
 
 def _readme_text():
-    with open(os.path.join(_FOLDER, "README.md"), encoding="utf-8") as file:
+    path = os.path.join(_FOLDER, "README.md")
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
         return file.read()
 
 
@@ -7550,7 +7577,7 @@ def _shape(lines):
     return "(?s)^" + ".*".join(map(re.escape, wanted.split("..."))) + "$"
 
 
-@unittest.skipUnless(os.path.exists(os.path.join(_FOLDER, "README.md")), "no README.md beside it")
+@unittest.skipUnless(_readme_text().startswith("# lowrouter\n"), "its README.md is not here")
 class TestReadme(Clean):
     """What a reader copies from the README works, and what it says is so."""
 
@@ -7721,7 +7748,7 @@ class TestReadme(Clean):
         self.assertEqual(sorted(classes), sorted(["LowRouterError", *(name for name, _ in rows)]))
         for name, status in [(n, when[:3]) for n, when in rows if re.match("[0-9]{3}:", when)]:
             with self.subTest(name), self.client(max_retries=0) as client:
-                self.stub.play(http({"error": {"message": "no"}}, f"{status} No"))
+                self.stub.play(reply({"error": {"message": "no"}}, f"{status} No"))
                 with self.assertRaises(getattr(lowrouter, name)) as caught:
                     client.chat("Say hello")
                 self.assertIs(type(caught.exception), getattr(lowrouter, name))
@@ -7834,6 +7861,9 @@ def serve(arguments):
 
 def main(arguments):
     command, rest = arguments[:1], arguments[1:]
+    if command in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if command == ["try"]:
         return try_command(rest)
     if command == ["serve"]:
