@@ -5617,8 +5617,9 @@ class TestProxies(WithCertificates):
             "ftp://user:secret@proxy.test",
             "http://",
         ):
+            like = "HTTPS_PROXY must look like http://user:p%40ss@host:port"
             with self.subTest(value), mock.patch.dict(os.environ, HTTPS_PROXY=value):
-                with self.assertRaisesRegex(lowrouter.ConfigError, "HTTPS_PROXY") as caught:
+                with self.assertRaisesRegex(lowrouter.ConfigError, like) as caught:
                     lowrouter.Client(KEY, base_url="https://gateway.test")
                 self.assertNotIn("secret", all_that_shows(caught.exception))
 
