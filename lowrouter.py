@@ -66,8 +66,6 @@ _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs 
 _ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
 _SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
 _IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
-_PROBE_SECONDS = 60  # between signs of life; NATs forget who is silent from about 240 s on
-_KEEPALIVE = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # those that the system knows
 _FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
 _BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
 _RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
@@ -537,6 +535,14 @@ class _Gateway:
 
 # ---- wire: one connection under a clock; the only room that touches the network ------------------
 
+_OPTIONS = (  # of a socket; 60 seconds, since a NAT forgets who is silent for 240 or more
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),  # the same on macOS
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 60),
+)
+
 
 class _Clock:
     """The ends of a phase and of the call: a socket's own time-out starts anew with each byte."""
@@ -666,12 +672,7 @@ def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
     for untried, (*_, address) in zip(range(len(addresses), 0, -1), addresses):
         try:
             share = clock.left() / min(untried, 2)
-            sock = socket.create_connection(address[:2], share)  # type: ignore[arg-type]
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option in filter(None, (getattr(socket, name, 0) for name in _KEEPALIVE)):
-                sock.setsockopt(socket.IPPROTO_TCP, option, _PROBE_SECONDS)
-            return sock
+            return socket.create_connection(address[:2], share)  # type: ignore[arg-type]
         except OSError:
             if untried == 1:
                 raise
@@ -747,6 +748,9 @@ class _Pool:
         clock.left()  # a deadline that has passed is told at once
         context = self.tls() if gateway.tls else None
         wire = _Wire(_dial(gateway, clock), clock)
+        for level, option, value in _OPTIONS:
+            with contextlib.suppress(AttributeError, OSError):  # no system knows all of them
+                wire.link.sock.setsockopt(level, getattr(socket, option), value)
         if not context:
             return wire
         if gateway.proxy:
