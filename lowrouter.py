@@ -384,8 +384,9 @@ def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Js
 
 def _pins(body: Json, headers: dict[str, str]) -> Json:
     """The region and provider that the answer must come from; the body wins [assumption]."""
-    asked = {"region": headers.get("X-Lowrouter-Region"), **_as(dict, body.get("route"))}
-    return {name: asked[name] for name in ("region", "provider") if asked.get(name)}
+    route, region = _as(dict, body.get("route")), headers.get("X-Lowrouter-Region")
+    pins = {"region": route.get("region") or region, "provider": route.get("provider")}
+    return {name: pin for name, pin in pins.items() if pin}
 
 
 def _checked_headers(headers: Any) -> dict[str, str]:
@@ -418,7 +419,7 @@ def _head(method: str, target: str, headers: dict[str, str]) -> bytes:
 
 
 def _curl_command(url: str, body: Any, headers: Any, flags: list[str], key_file: bool) -> str:
-    """A chat call as a command for a POSIX shell, which takes the key from where we do."""
+    """A chat call as a command for a POSIX shell, which takes the key from the environment."""
     from shlex import join, quote
 
     shown = {"Content-Type": "application/json", **headers}
@@ -687,7 +688,7 @@ def _idle_seconds(monotonic: float, wall: float) -> float:
 class _Pool:
     """The connections to one gateway that are kept, last in first out.
 
-    With TLS a new wire costs three round trips and 30 ms of CPU, a kept one a single round trip.
+    With TLS a new wire costs three round trips and 1 ms of CPU, a kept one a single round trip.
     `list.append` and `list.pop` need no lock. A wire belongs to the process that made it: a forked
     child finds its copies not fresh and closes them, which its parent does not notice.
     """
@@ -1292,8 +1293,8 @@ def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, Non
 class Stream:
     """The chunks of one answer as they come: an iterator and a context manager.
 
-    Iterating raises `StreamError`, `APITimeoutError` or `RouteMismatchError`, each with what has
-    come as `completion`. A stream that is closed early, also by another thread, ends quietly.
+    Iterating raises `BadResponseError`, `APITimeoutError` or `RouteMismatchError`, each with what
+    has come as `completion`. A stream closed early, also by another thread, ends quietly.
     """
 
     def __init__(self, call: _Call) -> None:
@@ -1427,12 +1428,13 @@ class Client:
     def curl(self, /, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send."""
         body = _chat_body(messages, stream, self._model, self._route, options)
-        flags = ["-N"] * bool(stream) + (["--cacert", str(self._ca_file)] if self._ca_file else [])
+        authority = "--capath" if self._gateway.ca_path else "--cacert"
+        flags = ["-N"] * bool(stream) + [authority, str(self._ca_file)] * bool(self._ca_file)
         url, key_file = self._gateway.url + "/chat/completions", bool(self._key.file)
         return _curl_command(url, body, self._headers, flags, key_file)
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
-        """Send any request below the base URL; return its JSON, None for an empty answer."""
+        """Send any request to the gateway; return its JSON, None for an empty answer."""
         if not isinstance(path, str) or not re.fullmatch("[A-Za-z]+", _as(str, method)):
             raise ConfigError(f"request() takes 'GET', '/providers', not {method!r}, {path!r}")
         safe = "/?%:@!$&'()*+,;=~"  # what stands in a path and its query as it is
@@ -1538,7 +1540,7 @@ def generation(generation_id: str, wait: float = 0.0) -> Json:
     return _client().generation(generation_id, wait)
 
 
-# ---- command line: calls public names only; the only room that prints ----------------------------
+# ---- command line: calls what is public; the only room that prints ----------------------------
 
 _EXAMPLES = """\
   lowrouter chat "In one sentence, what is a vector database?"
@@ -1616,7 +1618,7 @@ def _exit_status(error: BaseException) -> int:
         return 5 if error.status >= 500 or error.status in (408, 409, 429) else 4
     if error.completion and error.completion.text:
         return 8
-    return 7 if isinstance(error, (APIConnectionError, StreamError)) else 1
+    return 7 if isinstance(error, (APIConnectionError, StreamError)) and not error.message else 1
 
 
 def _request(client: Client, args: Any) -> Json:
@@ -1827,7 +1829,7 @@ class _Batch:
             wait = error.retry_after or pause
             if isinstance(error, RateLimitError):  # the others have to wait, too
                 self.start = max(self.start, time.monotonic() + wait)
-            lost = isinstance(error, APIConnectionError) and not pause  # six tries to connect
+            lost = isinstance(error, APIConnectionError) and error.retryable and not pause
             if lost or (isinstance(error, _FATAL) and not (error.retryable or error.pinned)):
                 self.stop.set()
             if not pause or not error.retryable or self.stop.wait(wait):
@@ -1970,7 +1972,7 @@ def _parser() -> Any:
         return add
 
     strict: Any = {"allow_abbrev": False, "formatter_class": RawDescriptionHelpFormatter}
-    more = "The key is taken from LOWROUTER_API_KEY. COMMAND --help tells its options."
+    more = "The key is that of LOWROUTER_API_KEY(_FILE). COMMAND --help tells its options."
     parser = Parser("lowrouter", epilog=more, **strict)
     version = f"lowrouter {__version__} (Python {sys.version.split()[0]})"
     parser.add_argument("--version", action="version", version=version)

@@ -822,7 +822,7 @@ class TestPromises(unittest.TestCase):
 
     def test_it_does_not_grow_unseen(self) -> None:
         lines = self.source.splitlines()
-        self.assertLessEqual(len(lines), 2035)
+        self.assertLessEqual(len(lines), 2037)
         self.assertLessEqual(os.path.getsize(self.path), 96 * 1024)
         self.assertEqual([n for n, line in enumerate(lines, 1) if len(line) > 100], [])
         self.assertNotIn("\t", self.source)
@@ -1903,6 +1903,28 @@ class TestSettings(Played):
                 with self.assertRaisesRegex(TypeError, rf"Client\({name}="):
                     function("Hi", **{name: "x"})
 
+    def test_white_space_around_the_key_of_the_variable_is_stripped(self) -> None:
+        for key in (KEY + "\n", KEY + "\r\n", " \t" + KEY + " \n"):
+            with mock.patch.dict(os.environ, {"LOWROUTER_API_KEY": key}):
+                client = lowrouter.Client(base_url=self.stub.url)
+            self.addCleanup(client.close)
+            self.assertEqual(self.authorization(client), "Bearer " + KEY)
+
+    def test_a_name_that_only_ends_like_localhost_is_no_loopback(self) -> None:
+        for host in ("notlocalhost", "localhost.example", "evil-localhost", "127.0.0.1.example"):
+            with self.subTest(host), self.assertRaisesRegex(lowrouter.ConfigError, "plain http"):
+                lowrouter.Client(KEY, base_url=f"http://{host}/api/v1")
+
+    def test_each_variable_that_changes_gives_the_functions_a_new_client(self) -> None:
+        names = re.findall(r"\b[A-Z]+_[A-Z_]+\b", lowrouter.__doc__)
+        os.environ["LOWROUTER_API_KEY"] = KEY
+        for name in [*names, "https_proxy", "http_proxy", "no_proxy"]:
+            with self.subTest(name):
+                before = lowrouter._client()
+                self.assertIs(lowrouter._client(), before)
+                with mock.patch.dict(os.environ, {name: "http://127.0.0.1:1"}):
+                    self.assertIsNot(lowrouter._client(), before)
+
 
 # ---- streams ------------------------------------------------------------------------------------
 
@@ -2784,6 +2806,7 @@ class TestRoute(Played):
         {"route": {"region": "eu-west", "provider": "openai", "fallback": True}},
         {"headers": {"X-LowRouter-Region": "eu-west"}},
         {"headers": {"x-lowrouter-region": "eu-west"}},
+        {"headers": {"X-LowRouter-Region": "eu-west"}, "route": {"region": None}},
     )
 
     def test_a_503_with_a_pinned_route_is_final(self) -> None:
@@ -3109,6 +3132,28 @@ class TestModels(Played):
         client.models(refresh=True)
         self.assertEqual(os.listdir(self.folder), [name])
 
+    def test_the_folder_of_the_argument_comes_before_that_of_the_variable(self) -> None:
+        other = os.path.join(self.folder, "other")
+        with mock.patch.dict(os.environ, {"LOWROUTER_CACHE_DIR": other}):
+            self.client(cache_dir=self.folder).models()
+        self.assertFalse(os.path.exists(other))
+        self.assertEqual(len(self.files()), 1)
+
+    def test_a_503_is_no_reason_for_an_old_list(self) -> None:
+        client = self.client(max_retries=0)
+        client.models()
+        for status, kind in (("401 No", "AuthenticationError"), ("503 No", "NoProviderError")):
+            self.stub.play(reply("", status))
+            self.failure(getattr(lowrouter, kind), client.models, refresh=True)
+
+    def test_one_key_has_a_list_for_each_base_url(self) -> None:
+        self.client(cache_dir=self.folder).models()
+        with StubGateway() as other:
+            with lowrouter.Client(KEY, base_url=other.url, cache_dir=self.folder) as client:
+                client.models()
+            self.assertEqual(len(other.requests), 1)
+        self.assertEqual(len(self.files()), 2)
+
 
 # ---- generations --------------------------------------------------------------------------------
 
@@ -3219,6 +3264,11 @@ class TestGeneration(Played):
         for wait in (float("nan"), float("inf"), "5", None):
             with self.subTest(wait):
                 self.failure(lowrouter.ConfigError, self.client().generation, "gen_1", wait=wait)
+
+    def test_the_deadline_ends_the_wait_too(self) -> None:
+        client = self.client(deadline=0.4)
+        self.failure(lowrouter.NotFoundError, client.generation, "gen_none", wait=60)
+        self.assertEqual((len(self.stub.requests), self.waits), (1, []))
 
 
 # ---- request() ----------------------------------------------------------------------------------
@@ -3927,6 +3977,21 @@ class TestConnections(Timed):
                 self.assertEqual(descriptors(), before)
                 self.assertEqual(ignored, [])
 
+    def test_the_end_of_a_body_is_waited_for_as_long_as_a_handshake_takes(self):
+        done = STREAM_HEAD + chunked(sse(delta("whole", "stop")), end=False)
+        for limit, late, same in ((10, 0.1, True), (lowrouter._SETTLE_SECONDS, 0.6, False)):
+            with self.subTest(limit), mock.patch.object(lowrouter, "_SETTLE_SECONDS", limit):
+                steps = done, lambda sock, s=late: self.stub.hold.wait(s), chunked()
+                self.assertIs(self.reused(lambda c: c.stream("Hi").result(), *steps), same)
+
+    def test_the_last_connection_in_is_the_first_one_out(self):
+        client = self.client()
+        first, second = client.stream("Hello"), client.stream("Hello")
+        first.result(), second.result()
+        used = self.stub.requests[-1].connection
+        client.chat("Hello")
+        self.assertEqual(self.stub.requests[-1].connection, used)
+
 
 BY_TIMEOUT_AND_DEADLINE = (
     (None, {"timeout": 0.1}),
@@ -4252,6 +4317,23 @@ class TestTime(Timed):
                     with self.assertRaisesRegex(lowrouter.ConfigError, name):
                         self.client().chat("Hello", **{name: value})
         self.assertTrue(self.client(timeout=1e300, deadline=1e300).chat("Hello").text)
+
+    def test_an_error_body_is_read_for_some_seconds_only(self):
+        self.stub.play(head("401 Unauthorized"), Drip(b"x", 0.02, None))
+        with mock.patch.object(lowrouter, "_ERROR_SECONDS", 0.1), self.takes(0.1):
+            with self.assertRaises(lowrouter.AuthenticationError):
+                self.client(deadline=5).chat("Hello")
+
+    def test_the_lookup_of_a_name_takes_nothing_from_the_time_to_connect(self):
+        real = socket.getaddrinfo
+
+        def slow(*args, **kwargs):
+            threading.Event().wait(0.4)
+            return real(*args, **kwargs)
+
+        client = self.client(timeout=0.3, max_retries=0)
+        with mock.patch("socket.getaddrinfo", slow):
+            self.assertEqual(client.chat("Say hello").text, "Hello!")
 
 
 class TestRetries(Timed):
@@ -6359,6 +6441,11 @@ class TestCurl(Clean):
         self.assertIn("--cacert '/a b/ca.pem'", command)
         self.assertNotIn("--cacert", self.client().curl("Hello"))
 
+    def test_a_folder_of_cas_is_printed_as_one(self):
+        with tempfile.TemporaryDirectory() as folder:
+            command = self.client(ca_file=folder).curl("Hi")
+            self.assertIn(f" --capath {folder} ", command)
+
 
 class TestRunner(Clean):
     """`python3 test_lowrouter.py`: the totals, `try` and `serve`."""
@@ -7020,6 +7107,39 @@ class TestCommandLine(_Commands):
         self.assertEqual(self.run_main("chat", "-h"), 0)
         self.assertIn("usage: lowrouter chat", self.out)
 
+    def test_the_help_tells_the_defaults(self) -> None:
+        for argv, name, words in (
+            (["batch", "a", "b"], "workers", "--workers N"),
+            (["get", "/x"], "timeout", "--timeout S"),
+        ):
+            self.run_main(argv[0], "--help")
+            told = re.search(rf"{words}\s[^\[]*\[([0-9]+)\]", self.out)[1]
+            self.assertEqual(int(told), getattr(lowrouter._parser().parse_args(argv), name))
+
+    def test_generation_waits_as_long_as_it_was_told(self) -> None:
+        late = reply({"error": {"message": "not yet"}}, "404 Not Found")
+        for words, tries, status in ((["--wait", "9"], 2, 0), ([], 1, 4)):
+            before = len(self.stub.requests)
+            self.stub.play(late)
+            self.stub.play(reply({"generation_id": "gen_1"}))
+            with mock.patch("time.sleep"):
+                self.assertEqual(self.run_main("generation", "gen_1", *words), status)
+            self.assertEqual(len(self.stub.requests) - before, tries)
+            self.stub.script.clear()
+
+    def test_an_error_that_the_gateway_tells_is_not_the_networks(self) -> None:
+        told = {"error": {"message": "overloaded"}}
+        for steps in ([STREAM_HEAD + chunked(sse(told))], [reply(told)]):
+            self.stub.play(*steps)
+            self.assertEqual(self.run_main("chat", "Hello"), 1)
+
+    def test_every_status_from_500_on_is_one_to_try_later(self) -> None:
+        for status in (501, 502, 504, 529):
+            self.stub.play(reply({"error": "no"}, f"{status} Oh", retry_after="99"))
+            self.assertEqual(self.run_main("chat", "--json", "Hello"), 5)
+            error = json.loads(self.err)["error"]
+            self.assertEqual((error["status"], error["retry_after"]), (status, 99))
+
 
 class TestBatch(_Commands):
     def lines(self, *jobs: object) -> str:
@@ -7542,6 +7662,18 @@ class TestBatch(_Commands):
         self.assertEqual(self.batch(self.numbered(3), "--workers", "1"), 0)
         self.assertEqual(len(self.results()), 3)
 
+    def test_a_line_that_is_lost_at_its_last_try_does_not_stop_the_others(self) -> None:
+        self.stub.play(reply("", "500 Oh"))
+        self.stub.play(CUT)
+        with mock.patch.object(lowrouter, "_PAUSES", (0.01, 0.0)):
+            self.assertEqual(self.batch(self.numbered(10), "--workers", "1"), 9)
+        self.assertIn("10 requests, 1 failed", self.err)
+
+    def test_a_403_is_of_one_line_and_does_not_stop_the_others(self) -> None:
+        self.stub.play(reply({"error": "not this model"}, "403 No"))
+        self.assertEqual(self.batch(self.numbered(5), "--workers", "1"), 9)
+        self.assertIn("5 requests, 1 failed", self.err)
+
 
 # ---- the README ---------------------------------------------------------------------------------
 
@@ -7797,6 +7929,18 @@ class TestReadme(Clean):
         for _, names in _readme_rows("Security"):
             for name in re.findall("`(.*?)`", names):
                 self.assertIn(f"\nclass {name}(", tests)
+
+    def test_its_numbers_are_the_constants(self):
+        text, constants = " ".join(_readme_text().split()), vars(lowrouter)
+        for words, name, factor in (
+            (r"to connect \(([0-9]+) at most\)", "_CONNECT_SECONDS", 1),
+            (r"was idle for ([0-9]+) seconds", "_IDLE_SECONDS", 1),
+            (r"`Retry-After` up to ([0-9]+) s", "_RETRY_AFTER_SECONDS", 1),
+            (r"([0-9]+) MiB an answer", "_ANSWER_LIMIT", 1 << 20),
+            (r"([0-9]+) MiB an event", "_EVENT_LIMIT", 1 << 20),
+            (r"([0-9]+) KiB an error", "_ERROR_LIMIT", 1 << 10),
+        ):
+            self.assertEqual(int(re.search(words, text)[1]) * factor, constants[name], name)
 
 
 # ---- the command: run the tests, try a command of lowrouter, serve the stub ---------------------
