@@ -323,10 +323,11 @@ def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) 
 def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
     status, headers = response.status, response.headers
     passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
-    advice = "try later" if passing or status > 500 else "change the request"
+    later = passing or status > 500
+    advice = "try later" if later else "change the request"
     kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
-    if status < 500 and status != 407 and body.lstrip().startswith("<"):
-        advice = "a proxy answered, not LowRouter"
+    if status != 407 and body.lstrip().startswith("<"):
+        advice = "a proxy answered, not LowRouter" + "; try later" * later
     with contextlib.suppress(ValueError):
         body = _loads(body)
     error: APIStatusError = _refusal(kind, f"answered {status} ({advice})", body, response.reason)
@@ -818,11 +819,14 @@ class _Call(urllib.request.Request):
         if isinstance(cause, ssl.SSLCertVerificationError):
             trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
             hint = "set SSL_CERT_FILE to a private CA; Python 3.13 and later check it strictly"
-            hint = "check the base URL" if cause.verify_code == 62 else hint  # HOSTNAME_MISMATCH
+            date, host = "its dates or this clock are wrong", "check the base URL"
+            hint = {9: date, 10: date, 62: host, 64: host}.get(cause.verify_code, hint)  # of X509_V
             return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
+        if "CERTIFICATE" in str(getattr(cause, "reason", "")):  # an alert of TLS 1.3 comes late
+            return APIConnectionError(f"{reason}; the server asks for a client's certificate")
         reason += billed or "; " + (check or "ask again")
         if phase != "idle":
-            return APIConnectionError(reason, retryable=again)
+            return APIConnectionError(reason, retryable=again or not self.sent)
         kind = StreamError if self.streams else BadResponseError
         return kind(reason, retryable=again)
 
