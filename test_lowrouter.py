@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tests of lowrouter.py, and a gateway in small that they and your own tests can talk to.
+"""The tests of lowrouter.py, and a small gateway that they and your own tests can talk to.
 
 In five lines, with nothing but this file and lowrouter.py on the path:
 
