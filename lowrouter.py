@@ -190,7 +190,7 @@ class LowRouterError(Exception):
 
     completion: Completion | None = None  # what had come, None before the first chunk
     generation_id: str | None = None
-    phase: str | None = None  # of a time-out: "connect", "response", "idle" or "deadline"
+    phase: str | None = None  # "connect", "response", "idle", or "deadline" of a time-out
     status: int | None = None  # of HTTP, as are the headers
     headers: http.client.HTTPMessage | None = None
     message: str | None = None  # this, `code` and `body` are what the gateway said
@@ -763,7 +763,7 @@ class _Pool:
                 login = status in (401, 407)
                 remedy = "put user and password into HTTPS_PROXY" if login else "check the base URL"
                 what = f"was refused by the proxy ({status}): {remedy}"
-                raise APIConnectionError(what, retryable=not login)
+                raise APIConnectionError(what, phase="connect", retryable=not login)
         wire.link.arm()
         sock = context.wrap_socket(wire.link.sock, server_hostname=gateway.host)
         return _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
@@ -826,7 +826,7 @@ class _Call(urllib.request.Request):
             return APIConnectionError(f"{reason}; the server asks for a client's certificate")
         reason += billed or "; " + (check or "ask again")
         if phase != "idle":
-            return APIConnectionError(reason, retryable=again or not self.sent)
+            return APIConnectionError(reason, phase=phase, retryable=again or not self.sent)
         kind = StreamError if self.streams else BadResponseError
         return kind(reason, retryable=again)
 
@@ -1833,7 +1833,7 @@ class _Batch:
             wait = error.retry_after or pause
             if isinstance(error, RateLimitError):  # the others have to wait, too
                 self.start = max(self.start, time.monotonic() + wait)
-            lost = isinstance(error, APIConnectionError) and error.retryable and not pause
+            lost = error.retryable and error.phase in ("connect", "deadline") and not pause
             if lost or (isinstance(error, _FATAL) and not (error.retryable or error.pinned)):
                 self.stop.set()
             if not pause or not error.retryable or self.stop.wait(wait):
