@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""A client for the LowRouter gateway in one file: a whole answer or an error, no leaked key.
+# Copyright (c) 2026 The lowrouter authors
+"""A client for the LowRouter gateway in one file: a complete answer or an error.
 
     print(lowrouter.chat("In one sentence, what is a vector database?").text)
     with lowrouter.stream("Count to 5 slowly") as stream:
         for chunk in stream:
             print(chunk.text, end="", flush=True)
 
-Settings are arguments of `Client`, else variables of the environment, where empty means unset:
-LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL, LOWROUTER_CACHE_DIR; HTTPS_PROXY,
-HTTP_PROXY, NO_PROXY; SSL_CERT_FILE, SSL_CERT_DIR, then REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
-Each room below uses only what stands above it, in the order of the data:
+Settings are arguments of `Client`, or else environment variables, where empty means unset:
+LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL; HTTPS_PROXY, NO_PROXY;
+SSL_CERT_FILE, SSL_CERT_DIR, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
 
-    messages -> body -> call -> blocks of bytes -> texts -> events -> Chunk, ... -> Completion
+The sections stand in the order of the data, and each uses only what stands above it:
 
-Facts about the gateway: [seed] is its curl page, [docs] its other pages, [assumption] neither.
+    messages -> body -> Request -> response -> blocks -> lines -> events -> Chunk, ... -> Completion
+
+The library ends where the banner says "command line". A reviewer who vendors only the library
+can stop reading there, and can delete the rest of the file.
+
+Facts about the gateway are marked [docs] if its documentation states them, and [assumption] if
+they follow the practice of OpenAI and OpenRouter.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import email.utils
-import encodings.utf_8_sig  # noqa: F401  the first answer would load it, when no file may open
-import functools
-import hashlib
 import http.client
 import io
 import itertools
@@ -31,195 +35,230 @@ import json
 import os
 import random
 import re
-import select
 import socket
 import ssl
 import sys
-import tempfile
 import time
 import urllib.parse
 import urllib.request
 import warnings
 
-TYPE_CHECKING = False  # true for type checkers, so that `typing` itself is never imported
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would cost 3 ms
 if TYPE_CHECKING:
-    from typing import Any, Callable, Generator, Iterable, Iterator, NoReturn, TypeVar
+    from typing import Any, Callable, Iterable, Iterator, NoReturn, TypeVar
 
     Json = dict[str, Any]  # an object
     T = TypeVar("T")
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 __all__ = [
     "APIConnectionError", "APIStatusError", "APITimeoutError", "AuthenticationError",
     "BadResponseError", "Chunk", "Client", "Completion", "ConfigError", "InsufficientCreditsError",
     "LowRouterError", "NoProviderError", "NotFoundError", "PermissionDeniedError",
     "RateLimitError", "RouteMismatchError", "Stream", "StreamError",
-    "chat", "curl", "generation", "main", "models", "request", "stream",
+    "chat", "curl", "generation", "models", "request", "stream",
 ]  # fmt: skip
 
-# ---- constants: every number with its unit and its reason ----------------------------------------
-
-_BASE_URL = "https://lowrouter.ai/api/v1"  # [seed]
-_MODEL = "lowrouter/auto"  # the gateway's default route [seed]
-_TIMEOUT = 600.0  # seconds; an answer that is not streamed is silent for minutes
-_CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs a fraction
-_ERROR_SECONDS = 5.0  # for the body of an error, whose status says most
-_SETTLE_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS handshake costs as much
-_IDLE_SECONDS = 30.0  # for a kept connection; load balancers drop theirs from 60 s on
-_FOREVER = 1e6  # seconds, 11 days: more than any wait, and less than the 2**31 ms of poll()
-_BACKOFF = (0.5, 8.0)  # seconds between tries: the first, doubled up to the last [assumption]
-_RETRY_AFTER_SECONDS = 60.0  # a longer wait is the caller's decision [assumption]
-_POLL_SECONDS = 0.5  # between two looks for a record that is not written yet [assumption]
-_CACHE_SECONDS = 3600  # for the model list, which is stable within a session [seed]
-_SHORTEST_KEY = 4  # characters; a shorter key is no secret, but a part of many a word
-_SHORTEST_CUT = 10  # characters of a key at the end of a text; all keys begin with `lr-sk-`
-_BLOCK = 1 << 16  # bytes read at once: four TLS records
-_SEND_BLOCK = 1 << 14  # bytes sent in one wait: one TLS record
-_ERROR_LIMIT = 1 << 16  # bytes of an error's body
-_MESSAGE_LIMIT = 400  # characters of an error's message: some lines of a terminal
-_EVENT_LIMIT = 1 << 24  # bytes of an event of a stream: an image in base64 fits
+_BASE_URL = "https://lowrouter.ai/api/v1"  # [docs]
+_MODEL = "lowrouter/auto"  # the gateway's default route [docs]
+_TIMEOUT = 600.0  # seconds; an answer that is not streamed can be silent for minutes
+_CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs a fraction of it
+_ERROR_BODY_SECONDS = 5.0  # the status of an error says more than its body
+_DRAIN_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS connection costs as much
+_IDLE_SECONDS = 30.0  # load balancers drop idle connections after 60 s or more
+_KEEPALIVE_SECONDS = 60  # NAT gateways forget a silent connection after 240 s or more
+_LONGEST_WAIT = 1e6  # seconds, 11 days; poll() takes at most 2**31 milliseconds
+_RETRY_DELAY = 0.5  # seconds before the first retry; doubled for each further one [assumption]
+_LONGEST_RETRY_DELAY = 8.0  # seconds [assumption]
+_LONGEST_RETRY_AFTER = 60.0  # seconds; a longer wait is the caller's decision [assumption]
+_POLL_SECONDS = 0.5  # between two requests for a record that is not written yet [assumption]
+_MODELS_SECONDS = 3600.0  # the model list is stable within a user session [docs]
+_SHORTEST_KEY = 4  # characters; a shorter "key" is no secret, but occurs in ordinary words
+_SHORTEST_KEY_PART = 10  # characters; every key begins with the same `lr-sk-` [docs]
+_BLOCK = 1 << 16  # bytes per read: four TLS records
+_SEND_BLOCK = 1 << 14  # bytes per send: one TLS record
+_ERROR_BODY_LIMIT = 1 << 16  # bytes
+_MESSAGE_LIMIT = 300  # characters quoted from a body in a message: a few lines of a terminal
+_EVENT_LIMIT = 1 << 24  # bytes of one event of a stream; an image in base64 fits
+_LINE_OVERHEAD = 50  # bytes that Python needs for a line, in addition to its length
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
+_MAX_DEPTH = 50  # levels of JSON that are merged and copied; Python allows 1,000 nested calls
 
-# ---- answers: plain data -------------------------------------------------------------------------
-
-_ROUTED = ("generation_id", "provider", "region")  # what the `lowrouter` block tells [docs]
-
-
-def _as(kind: type[T], value: Any) -> T:
-    """The value if it is of that kind, else an empty one: odd data never raises."""
-    return value if isinstance(value, kind) else kind()
+# ---- answers: dicts with exactly the JSON that arrived -------------------------------------------
+# Properties look at choice 0, and never raise: a field of the wrong type counts as missing.
 
 
-def _are_dicts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+def _dict_or_empty(value: Any) -> Json:
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
-def _text(content: Any) -> str:
-    """The text of a message's content, which may be a list of parts."""
+def _list_or_empty(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return []
+
+
+def _dicts(value: Any) -> list[Json]:
+    """The objects in a list. Everything else is passed over."""
+    return [item for item in _list_or_empty(value) if isinstance(item, dict)]
+
+
+def _str_or_none(value: Any) -> str | None:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    return None
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
-    return "".join(_as(str, _as(dict, part).get("text")) for part in _as(list, content))
+    texts = [part.get("text") for part in _dicts(content)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 class _Answer(dict):  # type: ignore[type-arg]
-    """Exactly the JSON that arrived; its properties look at choice 0 and never raise."""
+    """What `Completion` and `Chunk` have in common."""
 
-    headers = http.client.HTTPMessage()  # of the response; look-ups ignore case [docs]
+    #: The headers of the response, looked up without regard to case.
+    headers = http.client.HTTPMessage()
 
     def _choice(self) -> Json:
-        for choice in _as(list, self.get("choices")):
-            if isinstance(choice, dict) and choice.get("index") in (0, None):
+        for choice in _dicts(self.get("choices")):
+            if choice.get("index") in (0, None):
                 return choice
         return {}
 
-    def _routed(self, name: str) -> Any:
-        header = "X-LowRouter-" + name.replace("_", "-")  # says the same as the block [docs]
-        value = _as(dict, self.get("lowrouter")).get(name)
-        return value or self.headers.get(header, "").strip() or None
+    def _route_field(self, name: str) -> str | None:
+        """A field of the `lowrouter` block, or else of the headers, which repeat it [docs]."""
+        block = _dict_or_empty(self.get("lowrouter"))
+        header = self.headers.get("X-LowRouter-" + name.replace("_", "-"))
+        return _str_or_none(block.get(name)) or _str_or_none(header)
 
     @property
     def message(self) -> Json:
-        """The message, or the delta, of choice 0; {} when there is none."""
+        """The message of choice 0, or the delta of a chunk; {} when there is none."""
         choice = self._choice()
-        return _as(dict, choice.get("delta") or choice.get("message"))
+        return _dict_or_empty(choice.get("message") or choice.get("delta"))
 
     @property
     def text(self) -> str:
         """The text of choice 0, "" when there is none."""
-        return _text(self.message.get("content"))
+        return _text_of(self.message.get("content"))
 
     @property
     def reasoning(self) -> str:
-        """What the model thought aloud, "" when that is not told."""
-        return _text(self.message.get("reasoning") or self.message.get("reasoning_content"))
+        """The reasoning of the model, "" when the gateway does not return it."""
+        message = self.message
+        return _text_of(message.get("reasoning") or message.get("reasoning_content"))
 
     @property
     def tool_calls(self) -> list[Any]:
         """The tool calls of choice 0 as OpenAI's dicts, [] when there are none."""
-        return _as(list, self.message.get("tool_calls"))
+        return _list_or_empty(self.message.get("tool_calls"))
 
     @property
     def finish_reason(self) -> str | None:
-        """Why choice 0 ended: "stop", "length", "tool_calls", ...; None while it goes on."""
-        return self._choice().get("finish_reason")
+        """Why choice 0 ended: "stop", "length", "tool_calls", ...; None until then."""
+        return _str_or_none(self._choice().get("finish_reason"))
 
     @property
     def model(self) -> str | None:
-        """The model that answered: the resolved one, not the string that was sent [docs]."""
-        return self.get("model")
+        """The model that answered: the resolved one, not the name that was sent [docs]."""
+        return _str_or_none(self.get("model"))
 
     @property
-    def usage(self) -> Json | None:
-        """Token counts, and `cost` where it is given; None when the gateway gave no usage."""
-        return _as(dict, self.get("usage")) or None
+    def usage(self) -> dict[str, Any] | None:
+        """Token counts and, where the gateway sends it, `cost`; None without them."""
+        return _dict_or_empty(self.get("usage")) or None
 
     @property
-    def generation_id(self) -> Any:
-        """What `generation()` looks up: an opaque str, None when not told [docs]."""
-        return self._routed("generation_id")
+    def generation_id(self) -> str | None:
+        """The id that `generation()` looks up; it is opaque [docs]."""
+        return self._route_field("generation_id")
 
     @property
-    def provider(self) -> Any:
-        """The id of the upstream provider: a str, None when not told [docs]."""
-        return self._routed("provider")
+    def provider(self) -> str | None:
+        """The id of the upstream provider, None when it is not named [docs]."""
+        return self._route_field("provider")
 
     @property
-    def region(self) -> Any:
-        """The region that answered: a str, None when not told [docs]."""
-        return self._routed("region")
+    def region(self) -> str | None:
+        """The region that answered, None when it is not named [docs]."""
+        return self._route_field("region")
 
     @property
-    def eco(self) -> Json | None:
-        """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None when absent [docs]."""
-        return _as(dict, _as(dict, self.get("lowrouter")).get("eco")) or None
+    def eco(self) -> dict[str, Any] | None:
+        """As sent: `energy_wh` in Wh, `carbon_g` in g CO2e, `accuracy`; None if absent [docs]."""
+        return _dict_or_empty(_dict_or_empty(self.get("lowrouter")).get("eco")) or None
 
 
 class Completion(_Answer):
-    """A whole answer: OpenAI's `chat.completion` object with the `lowrouter` block [docs]."""
+    """A complete answer: OpenAI's `chat.completion` object with a `lowrouter` block [docs]."""
 
 
 class Chunk(_Answer):
-    """One piece of a streamed answer: OpenAI's `chat.completion.chunk`; `message` is its delta."""
+    """A piece of a streamed answer: OpenAI's `chat.completion.chunk` object."""
+
+    added_text: str | None = None  # `Stream` sets it: it depends on the chunks that came before
+
+    @property
+    def text(self) -> str:
+        """What this chunk adds to the text of choice 0, "" when it adds nothing."""
+        if self.added_text is None:
+            return super().text
+        return self.added_text
 
 
-# ---- errors: whose fault it is, what to do, and what can be saved; all of them pickle ------------
+# ---- errors: whose fault it is, what to do, and what was received --------------------------------
+# Everything that is quoted from outside passes `_redact` before it leaves this module.
 
 
 class LowRouterError(Exception):
-    """Base of all errors; what one of them cannot tell is None."""
+    """The base of all errors. Every error pickles, and an attribute that is not known is None."""
 
-    completion: Completion | None = None  # what had come, None before the first chunk
+    #: The partial answer; None before the first chunk.
+    completion: Completion | None = None
+    #: The id of the answer, for `generation()`.
     generation_id: str | None = None
-    phase: str | None = None  # "connect", "response", "idle", or "deadline" of a time-out
-    status: int | None = None  # of HTTP, as are the headers
+    #: The HTTP status, and the headers of the response.
+    status: int | None = None
     headers: http.client.HTTPMessage | None = None
-    message: str | None = None  # this, `code` and `body` are what the gateway said
+    #: The reason and the code that the gateway gave, and the body of its response.
+    message: str | None = None
     code: str | int | None = None
     body: Any = None
     request_id: str | None = None
-    retry_after: float | None = None  # seconds
-    retryable: bool = False  # to ask again may help, and cannot be billed twice
-    pinned: bool = False  # a 503 that is final, since the route was pinned [seed]
+    #: Seconds, from the header `Retry-After`.
+    retry_after: float | None = None
+    #: Whether a retry may help and cannot be billed twice.
+    retryable: bool = False
+    #: Of a 503: whether the route was pinned, which makes it final [docs].
+    pinned: bool = False
+    #: Of a network failure: "connect", "send", "response", "idle" or "deadline".
+    phase: str | None = None
 
     def __init__(self, message: str = "", /, **details: Any) -> None:
-        super().__init__(message)  # the message alone, since pickle rebuilds the error from `args`
+        super().__init__(message)  # pickle restores `args` first, and then the attributes
         self.__dict__.update(details)
 
 
 class ConfigError(LowRouterError, ValueError):
-    """Your side: a setting or an argument that cannot be used. Nothing was sent."""
+    """Invalid configuration or argument. Nothing was sent."""
 
 
 class APIConnectionError(LowRouterError, ConnectionError):
-    """The road: no connection, or it was lost before an answer."""
+    """Network failure: no connection, or it was lost before the response."""
 
 
 class APITimeoutError(APIConnectionError, TimeoutError):
-    """The road took too long, in the `phase` "connect", "response", "idle" or "deadline"."""
+    """A time limit passed; `phase` says which one."""
 
 
 class APIStatusError(LowRouterError):
-    """The gateway said no, by its `status`, `code` and `message`."""
+    """The gateway answered with an HTTP error status."""
 
 
 class AuthenticationError(APIStatusError):
@@ -235,7 +274,7 @@ class PermissionDeniedError(APIStatusError):
 
 
 class NotFoundError(APIStatusError):
-    """404: no such model, id or path."""
+    """404: no such model, generation or path."""
 
 
 class RateLimitError(APIStatusError):
@@ -243,1105 +282,1271 @@ class RateLimitError(APIStatusError):
 
 
 class NoProviderError(APIStatusError):
-    """503: no provider is available; when the route was `pinned` that is final [seed]."""
+    """503: no provider is available; final when the route is `pinned` [docs]."""
 
 
 class BadResponseError(LowRouterError):
-    """Not what was promised: HTML from a proxy, cut JSON, an error object in a 200, a redirect."""
+    """An unusable response: HTML from a proxy, invalid JSON, an error in a 200, a redirect."""
 
 
 class StreamError(BadResponseError):
-    """A stream that was cut or failed after it had started; `completion` holds what came."""
+    """A stream failed or was cut; `completion` holds the partial answer."""
 
 
 class RouteMismatchError(LowRouterError):
-    """The answer came from another region or provider than the pinned one."""
+    """The answer did not come from the pinned region or provider, or did not name it."""
 
 
+_CHECK_NETWORK = "check the network, the base URL and HTTPS_PROXY"
 _STATUS_ERRORS = {  # the class, and what to do
     401: (AuthenticationError, "check the API key"),
     402: (InsufficientCreditsError, "top up the account or raise the key's limit"),
-    403: (PermissionDeniedError, "the key's policy must allow this model and region"),
-    404: (NotFoundError, "check the model, the id and that the base URL has one /v1"),
-    407: (APIStatusError, "put user and password into the URL of the proxy"),
-    429: (RateLimitError, "send more slowly"),
-    503: (NoProviderError, "try later, or ask for another region or provider"),
+    403: (PermissionDeniedError, "check that the key's policy allows this model and region"),
+    404: (NotFoundError, ""),
+    429: (RateLimitError, "send requests more slowly"),
+    503: (NoProviderError, "try again later, or choose another region or provider"),
 }
-_scan = json.JSONDecoder().raw_decode  # json.loads takes half as long again for an event
+_GATEWAY_TIMEOUTS = (504, 520, 524)  # somebody in front of the gateway gave up waiting
+_NOT_RETRIED = "it may have been billed, so it is not retried"
+_REASON_FIELDS = ("message", "Message", "detail", "msg", "error_description", "errors", "title")
 
 
-def _loads(text: str) -> Any:
-    """Parse JSON; whatever is wrong with it is a ValueError."""
-    text = text.lstrip()
+_decode_json = json.JSONDecoder().raw_decode  # json.loads costs half as much again
+
+
+def _parse_json(text: str) -> Any:
+    """Parse JSON. Whatever is wrong with it raises ValueError."""
+    text = text.lstrip("\ufeff \t\r\n")
     try:
-        value, end = _scan(text)
-    except (RecursionError, MemoryError) as error:
-        raise ValueError(type(error).__name__) from None
-    if text[end:].strip():
-        raise ValueError("more than one JSON value")
+        value, end = _decode_json(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if end != len(text) and text[end:].strip():
+        raise ValueError("text after the JSON")
     return value
 
 
-def _without(key: str, value: Any, depth: int = 99) -> Any:
-    """What is quoted from outside, without the key, and so shallow that it pickles."""
-    if not depth:
-        return None
-    if isinstance(value, dict):
-        return {_without(key, k): _without(key, each, depth - 1) for k, each in value.items()}
-    if isinstance(value, list):
-        return [_without(key, each, depth - 1) for each in value]
-    if isinstance(value, http.client.HTTPMessage):
-        clean = http.client.HTTPMessage()
-        for name, each in value.items():
-            clean[_without(key, name)] = _without(key, each)
-        return clean
-    if not isinstance(value, str) or len(key) < _SHORTEST_KEY:
-        return value
-    text = value.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
-    for size in range(len(key) - 1, _SHORTEST_CUT - 1, -1):
-        if text.endswith(key[:size]):
-            return text[:-size]  # a limit has cut the echo of the key in two
+def _json_or_text(text: str) -> Any:
+    try:
+        return _parse_json(text)
+    except ValueError:
+        return text
+
+
+def _redact_text(text: str, key: str) -> str:
+    if len(key) < _SHORTEST_KEY:
+        return text
+    text = text.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
+    for size in range(len(key) - 1, _SHORTEST_KEY_PART - 1, -1):
+        if text.endswith(key[:size]):  # the text was cut in the middle of the key
+            return text[:-size]
     return text
 
 
-def _is_error(data: Any) -> bool:
-    return bool(_as(dict, data).get("error")) or _as(dict, data).get("object") == "error"
+def _redact(value: Any, key: str, depth: int = _MAX_DEPTH) -> Any:
+    """A copy of text, JSON, headers or an answer without the key, which servers may echo."""
+    if isinstance(value, str):
+        return _redact_text(value, key)
+    if isinstance(value, list):
+        return [_redact(item, key, depth - 1) for item in value if depth]
+    if not isinstance(value, (dict, http.client.HTTPMessage)):
+        return value
+    copy: Any = type(value)()
+    for name, item in value.items():  # a header may occur more than once
+        if depth:  # deeper JSON could not be pickled
+            copy[_redact_text(name, key)] = _redact(item, key, depth - 1)
+    if isinstance(value, _Answer):
+        copy.headers = _redact(value.headers, key)
+    return copy
 
 
-def _refusal(kind: Any, what: str, body: Any, reason: str = "", **details: Any) -> Any:
-    """An error with what its body says, whose shape is not documented [assumption]."""
-    error = _as(dict, body).get("error") or body
-    said = error if isinstance(error, dict) else {"message": error}
-    message = str(_without("", said.get("message") or said.get("detail") or ""))
-    if message.lstrip().startswith("<"):  # of a page its title
-        message = "".join(re.findall(r"(?i)<title>([^<]*)", message)[:1]).strip()
-    message = message or reason or "no reason was given"
-    details.update(message=message, code=said.get("code") or said.get("type"), body=body)
-    return kind(f"{what}: {message}", **details)
+def _one_line(text: str, limit: int = _MESSAGE_LIMIT) -> str:
+    """Printable text on one line, cut to a number of characters."""
+    line = "".join(each if each.isprintable() else " " for each in text[:limit])
+    return " ".join(line.split())
 
 
-def _status_error(response: http.client.HTTPResponse, body: Any) -> APIStatusError:
-    status, headers = response.status, response.headers
-    passing = status in (408, 409, 429, 500, 502, 503, 504)  # by waiting [assumption]
-    later = passing or status > 500
-    advice = "try later" if later else "change the request"
-    kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, advice))
-    if status != 407 and body.lstrip().startswith("<"):
-        advice = "a proxy answered, not LowRouter" + "; try later" * later
-    with contextlib.suppress(ValueError):
-        body = _loads(body)
-    error: APIStatusError = _refusal(kind, f"answered {status} ({advice})", body, response.reason)
-    error.status, error.headers, error.request_id = status, headers, headers.get("X-Request-Id")
-    wait = headers.get("Retry-After", "")
-    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # it is no time
-        date = None if re.fullmatch("[0-9. ]+", wait) else email.utils.parsedate_to_datetime(wait)
-        seconds = date.timestamp() - time.time() if date else float(wait)
-        error.retry_after = max(0.0, min(seconds, _FOREVER))
-    error.retryable = passing and (error.retry_after or 0) <= _RETRY_AFTER_SECONDS
-    return error
+def _error_details(value: Any, depth: int = 6) -> Json:
+    """The reason for an error as {"message": ..., "code": ...}; {} where none is found.
+
+    The shape is not documented. These are the shapes of other gateways, clouds and proxies.
+    """
+    if isinstance(value, str):
+        parsed = _json_or_text(value)  # JSON inside a string
+        if parsed != value and depth:
+            return _error_details(parsed, depth - 1)
+        return {"message": value.strip()} if value.strip() else {}
+    if isinstance(value, list) and value:
+        return _error_details(value[0], depth - 1) if depth else {}
+    value = _dict_or_empty(value)
+    names = [*_REASON_FIELDS, "error"]
+    if not isinstance(value.get("error"), str):  # a string is often just "Bad Request"
+        names.insert(0, "error")
+    for name in names:
+        details = _error_details(value[name], depth - 1) if name in value and depth else {}
+        if details:
+            return {**value, **details}
+    return {}
 
 
-# ---- request: what is sent; pure: it touches neither the network nor the environment -------------
+def _error_from_body(
+    kind: type[LowRouterError], happened: str, body: Any, advice: str = "", **details: Any
+) -> LowRouterError:
+    """An error with the words of a response body, which is text or JSON that was parsed."""
+    found = _error_details(body)
+    message = found.get("message", "")
+    if isinstance(body, str):
+        text = body.strip()
+        body = _json_or_text(text)
+        if text.startswith("<"):
+            title = re.search(r"(?i)<title>([^<]*)", text)
+            message = title[1].strip() if title else ""
+            advice = f"a proxy answered, not LowRouter; {advice}".rstrip("; ")
+        elif body and not message:
+            message = text
+    code = found.get("code") or found.get("type")
+    return kind(happened, message=message, code=code, body=body, advice=advice, **details)
 
-_OF_CLIENT = {"api_key", "base_url", "max_retries", "headers", "ca_file", "cache_dir", "allow_http"}
-_OUR_HEADERS = """authorization proxy-authorization host content-type content-length te connection
-transfer-encoding accept-encoding expect upgrade""".split()
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+def _failed_part(answer: Json) -> Json | None:
+    """The part of an answer or a chunk that reports an error; None if it did not fail."""
+    if answer.get("error") or "error" in (answer.get("object"), answer.get("type")):
+        return answer
+    if "choices" not in answer and any(_str_or_none(answer.get(n)) for n in _REASON_FIELDS):
+        return answer
+    for choice in _dicts(answer.get("choices")):
+        if choice.get("error") or choice.get("finish_reason") == "error":
+            return choice
+    return None
+
+
+def _parse_retry_after(text: str) -> float | None:
+    """Seconds from a number or an HTTP date; None when it is neither."""
+    try:
+        if re.fullmatch(r"\s*[0-9]+(\.[0-9]*)?\s*", text):
+            seconds = float(text)
+        else:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (TypeError, ValueError, IndexError, OverflowError):  # it depends on Python's version
+        return None
+    return max(0.0, min(seconds, _LONGEST_WAIT))
+
+
+def _is_retried(status: int, method: str, is_pinned: bool) -> bool:
+    """Whether a request that was answered with this status is sent again."""
+    if status == 503 and is_pinned:
+        return False
+    if status in _GATEWAY_TIMEOUTS and method == "POST":
+        return False
+    return status in (408, 409, 429) or (status >= 500 and status not in (501, 505))
+
+
+# ---- request: what is sent -----------------------------------------------------------------------
+# Pure functions: they touch neither the network nor the environment.
+
+_CLIENT_OPTIONS = (
+    "api_key base_url verify_route max_retries on_retry headers ca_file allow_http "
+    "cache_dir".split()  # cache_dir was one in version 1
+)
+_SDK_OPTIONS = ("extra_body", "extra_headers", "extra_query")
+_ROUTE_FIELDS = ("region", "provider", "prefer_low_carbon", "fallback")  # [docs]
+_RESERVED_HEADERS = (
+    "authorization proxy-authorization host content-type content-length te connection "
+    "transfer-encoding accept-encoding expect upgrade".split()
+)
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def _json_bytes(body: Any) -> bytes:
     try:
-        return _encode(body).encode("utf-8")
+        return _encode_json(body).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the request cannot be written as JSON: {error}") from None
 
 
-def _check_names(options: Json) -> None:
-    for name in _OF_CLIENT.intersection(options):
-        raise TypeError(f"{name} is a setting of the client, not of a call: Client({name}=...)")
-    for name in {"extra_body", "extra_headers", "extra_query"}.intersection(options):
-        raise TypeError(f"{name} is none of ours: a field is a keyword; Client(headers=...)")
+def _check_option_names(options: Json) -> None:
+    """Refuse the options of a client and of the OpenAI SDK, which are not fields of the body."""
+    for name in options:
+        if name in _CLIENT_OPTIONS:
+            raise TypeError(f"{name} is an option of the client: use Client({name}=...)")
+        if name in _SDK_OPTIONS:
+            raise TypeError(f"{name} is not supported: use keywords, or Client(headers=...)")
 
 
-def _chat_body(messages: Any, streams: bool, model: Any, route: Any, options: Json) -> Json:
-    """The JSON body of a chat call: all `options` but `timeout` and `deadline` are its fields."""
-    _check_names(options)
+def _check_route(route: Any) -> None:
+    """Refuse a misspelled field, because the gateway might ignore it and with it a pin."""
+    if not isinstance(route, (dict, type(None))):
+        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
+    import difflib
+
+    for name in set(map(str, route or {})).difference(_ROUTE_FIELDS):
+        similar = difflib.get_close_matches(name.strip().lower(), _ROUTE_FIELDS, cutoff=0.8)
+        if similar:
+            raise ConfigError(f"route has no field {name!r}: did you mean {similar[0]!r}?")
+
+
+def _chat_body(messages: Any, streams: bool, defaults: Json, options: Json) -> Json:
+    """The JSON body of a chat call. An option that is None counts as not given."""
+    _check_option_names(options)
     if options.get("stream") not in (None, streams):
-        raise TypeError("stream= is not yours to give: chat() never streams, stream() always does")
+        raise TypeError("do not pass stream=: stream() always streams, and chat() never does")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    given = {name: value for name, value in options.items() if value is not None}
-    body = {"model": model, "messages": messages, "route": route, **given}
-    if not _are_dicts(messages):
-        wrong = type(messages).__name__
-        raise ConfigError(f"messages must be a str or a list of dicts, not this {wrong}")
-    if not isinstance(body["route"] or {}, dict):
-        raise ConfigError("route must be a dict such as {'region': 'eu-west'}")
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ConfigError("messages must be a string or a list of dicts")
+    body = {**defaults, "messages": messages}
     if streams:
-        usage = options.get("stream_options", {"include_usage": True})  # None: not asked for
-        body.update(stream=True, stream_options=usage)
-    return {k: v for k, v in body.items() if v is not None and k not in ("timeout", "deadline")}
+        body.update(stream=True, stream_options={"include_usage": True})
+    for name, value in options.items():
+        if value is not None or name == "stream_options":  # None leaves ours out
+            body[name] = value
+    _check_route(body["route"])
+    return {name: value for name, value in body.items() if value is not None}
 
 
-def _pins(body: Json, headers: dict[str, str]) -> Json:
-    """The region and provider that the answer must come from; the body wins [assumption]."""
-    route, region = _as(dict, body.get("route")), headers.get("X-Lowrouter-Region")
-    pins = {"region": route.get("region") or region, "provider": route.get("provider")}
+def _route_pins(body: Any, headers: Json) -> Json:
+    """The region and the provider that the answer must come from."""
+    route = _dict_or_empty(_dict_or_empty(body).get("route"))
+    pins = {"region": route.get("region"), "provider": route.get("provider")}
+    if not pins["region"]:
+        pins["region"] = headers.get("X-Lowrouter-Region")  # the body counts first [assumption]
+    if route.get("fallback") is True:
+        del pins["region"]
     return {name: pin for name, pin in pins.items() if pin}
 
 
-def _checked_headers(headers: Any) -> dict[str, str]:
-    """The caller's own headers, each name in one spelling; a line end would begin another one."""
+def _checked_headers(headers: Any) -> Json:
+    """The caller's headers in one spelling. A line end in one would begin another header."""
+    for name, value in _dict_or_empty(headers).items():
+        is_text = isinstance(name, str) and isinstance(value, str)
+        is_valid = re.fullmatch(r"(?a)[\w!#$%&'*+.^`|~-]+: [\t -~]*", f"{name}: {value}")
+        if not is_text or not is_valid or name.lower() in _RESERVED_HEADERS:
+            hint = "use printable ASCII, and none that the client sets itself"
+            raise ConfigError(f"the header {name!r} cannot be used: {hint}")
     if not isinstance(headers, dict):
-        raise ConfigError(f"headers must be a dict, not {type(headers).__name__}")
-    for name, value in headers.items():
-        known = isinstance(name, str) and re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.A)
-        plain = isinstance(value, str) and re.fullmatch(r"[\t -~]*", value)
-        if not known or not plain or name.lower() in _OUR_HEADERS:
-            raise ConfigError(f"header {name!r} is set by the client itself, or no printable ASCII")
+        raise ConfigError("headers must be a dict")
     return {name.title(): value for name, value in headers.items()}
 
 
-def _our_headers(host: str, key: str, method: str, data: bytes) -> dict[str, str]:
-    """What the client itself says with a request."""
-    agent = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
-    headers = {"Host": host, "Authorization": "Bearer " + key}  # [seed]
-    headers.update({"User-Agent": agent, "Accept-Encoding": "identity"})
-    if data:
-        headers["Content-Type"] = "application/json"  # [seed]
-    if data or method != "GET":
-        headers["Content-Length"] = str(len(data))
-    return headers
+def _http_head(method: str, target: str, headers: Json) -> bytes:
+    """A request line with headers, all of which were checked for line ends before."""
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    return f"{method} {target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("ascii")
 
 
-def _head(method: str, target: str, headers: dict[str, str]) -> bytes:
-    fields = [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "\r\n"]).encode("ascii")
+def _curl_command(url: str, body: Any, headers: Json, flags: list[str], key: str) -> str:
+    """A chat call as a command for a POSIX shell, in which `key` is an expression."""
+    import shlex
+
+    words = [*flags, url, "-d", _json_bytes(body).decode("utf-8")]
+    for name, value in {"Content-Type": "application/json", **headers}.items():
+        words += ["-H", f"{name}: {value}" if value else f"{name};"]  # curl drops "name:"
+    quoted = " ".join(map(shlex.quote, words))
+    return f'curl -H "Authorization: Bearer {key}" {quoted}'
 
 
-def _curl_command(url: str, body: Any, headers: Any, flags: list[str], key_file: bool) -> str:
-    """A chat call as a command for a POSIX shell, which takes the key from the environment."""
-    from shlex import join, quote
-
-    shown = {"Content-Type": "application/json", **headers}
-    key = '$(cat "$LOWROUTER_API_KEY_FILE")' if key_file else "$LOWROUTER_API_KEY"
-    lines = [join(["curl", *flags, url]), f'-H "Authorization: Bearer {key}"']
-    # "name;" is how curl sends an empty header
-    lines += ["-H " + quote(f"{k}: {v}" if v else f"{k};") for k, v in shown.items()]
-    return " \\\n  ".join([*lines, "-d " + quote(_json_bytes(body).decode("utf-8"))])
-
-
-# ---- settings: the key, the base URL and the proxy; arguments first, then the environment -------
+# ---- settings: the key, the base URL, the proxy and the CAs --------------------------------------
+# The only section that reads the environment. Messages show no value that may contain a secret.
 
 
 def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not above < value < float("inf"):
-        raise ConfigError(f"{name} must be finite seconds (a timeout above 0), not {value!r}")
-    return float(max(-_FOREVER, min(value, _FOREVER)))
+    """A finite number of seconds, cut to what the system can wait."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if above < value < float("inf"):
+            return float(max(-_LONGEST_WAIT, min(value, _LONGEST_WAIT)))
+    hint = "a finite number of seconds (a timeout more than 0)"
+    raise ConfigError(f"{name} must be {hint}, not {value!r}")
 
 
 class _Key:
-    """The API key; a mounted file is read for each call, since secrets are rotated while we run."""
+    """The API key. A key file is read again for each call, because secrets are rotated."""
 
-    def __init__(self, api_key: str | None) -> None:
-        self.source, self.file = "api_key", ""
-        self.value = api_key.strip() if isinstance(api_key, str) else api_key or ""
-        if not self.value:
+    def __init__(self, api_key: Any) -> None:
+        self.source = "api_key"
+        self.value = api_key
+        self.path = ""
+        if not str(self.value or "").strip():
             self.source = "LOWROUTER_API_KEY"
             self.value = os.environ.get(self.source, "").strip()
         if not self.value:
             self.source = "LOWROUTER_API_KEY_FILE"
-            self.file = os.environ.get(self.source, "")
+            self.path = os.environ.get(self.source, "")
 
     def current(self) -> str:
-        """The key, or an error that does not show the name of the file, which may be the key."""
-        key, problem = self.value, "set LOWROUTER_API_KEY, or LOWROUTER_API_KEY_FILE"
-        try:
-            if self.file:
-                with open(self.file, encoding="utf-8-sig", errors="replace") as file:
-                    key = file.read(_ERROR_LIMIT).strip() or key  # one just being written is empty
-        except OSError as error:
-            problem = f"LOWROUTER_API_KEY_FILE cannot be read: {error.strerror}"
+        """The key; the last good one while its file is empty or missing."""
+        key = self.value
+        problem = "set LOWROUTER_API_KEY or LOWROUTER_API_KEY_FILE"
+        if self.path:
+            try:
+                with open(self.path, encoding="utf-8", errors="replace") as file:
+                    key = file.read(_ERROR_BODY_LIMIT).strip("\ufeff \t\r\n") or key
+            except OSError as error:  # the path is not shown: it may be a key in the wrong place
+                problem = f"the file of LOWROUTER_API_KEY_FILE cannot be read: {error.strerror}"
         if not key:
             raise ConfigError(f"no API key: {problem}")
-        if not isinstance(key, str) or not re.fullmatch(r"[!-~]+", key):
-            del key  # a traceback may show locals
-            raise ConfigError(f"the API key from {self.source} must be a str of printable ASCII")
-        self.value = key
-        return key
+        problem = "must be a string of printable ASCII without white space"
+        if isinstance(key, str):
+            key = key.strip()
+            if key[0] in "'\"":
+                problem = "is wrapped in quotes: remove them"
+            elif re.fullmatch("[!-~]+", key):
+                self.value = key
+                return key
+        del key  # a traceback may show local variables
+        raise ConfigError(f"the API key from {self.source} {problem}")
 
 
-def _url_parts(name: str, like: str, pattern: str, url: Any) -> urllib.parse.SplitResult:
-    """The parts of a URL; the error does not show it, since it may be or hold a secret."""
-    with contextlib.suppress(AttributeError, TypeError, ValueError):  # no text, or a bad port
-        parts: urllib.parse.SplitResult = urllib.parse.urlsplit(url.strip())
-        if re.fullmatch(pattern, url.strip(), re.A | re.I) and parts.hostname and parts.port != 0:
-            return parts
-    raise ConfigError(f"{name} must look like {like}")
+def _split_base_url(url: Any) -> urllib.parse.SplitResult:
+    """The parts of a base URL. The error does not show it, because it may contain a secret."""
+    if isinstance(url, str) and re.fullmatch(r"(?ai)\s*https?://[\w.:/\[\]%~-]+\s*", url):
+        try:
+            parts = urllib.parse.urlsplit(url.strip())
+            if parts.hostname and parts.port != 0:
+                parts.hostname.encode("idna")
+                return parts
+        except ValueError:  # of the port, the brackets or IDNA
+            pass
+    raise ConfigError(f"the base URL must look like {_BASE_URL}, without user and query")
 
 
-def _is_exempt(host: str, port: int, entry: str) -> bool:
-    """Whether an entry of NO_PROXY means the host: `*`, a name, a suffix, an address, a block."""
+def _is_loopback(host: str) -> bool:
     import ipaddress
 
-    entry = re.sub(rf"\A(\[.*\]|[^:]*):{port}\Z", r"\1", entry)  # another port stays, so no match
-    with contextlib.suppress(ValueError):
-        block = ipaddress.ip_network(entry.strip("[]"), strict=False)
-        return ipaddress.ip_address(host) in block
-    return entry == "*" or f".{host.rstrip('.')}".endswith("." + entry.strip("*."))
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    # For IPv6, `is_loopback` depends on the version of Python.
+    return str(address) == "::1" or (address.version == 4 and address.is_loopback)
 
 
-def _proxy(scheme: str, host: str, port: int) -> tuple[str, int, dict[str, str]] | None:
-    """Host, port and login, which is a header, of the proxy on the way to the host."""
-    variables = urllib.request.getproxies_environment()
-    exempt = variables.get("no", "").lower().replace(",", " ").split()
-    url = variables.get(scheme, "").strip()
-    if not url or any(_is_exempt(host, port, entry) for entry in exempt):
-        return None
-    url = url if "://" in url else "http://" + url
-    name, like = scheme.upper() + "_PROXY", "http://user:p%40ss@host:port"
-    parts = _url_parts(name, like, "http://[!-~]+", url)
-    login = {}
-    if parts.username is not None:
-        pair = urllib.parse.unquote_to_bytes(f"{parts.username}:{parts.password or ''}")
-        login["Proxy-Authorization"] = "Basic " + base64.b64encode(pair).decode()
-    return str(parts.hostname), parts.port or 80, login
+def _is_bypassed(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY exempts a host. People write it in more ways than urllib understands."""
+    entries = re.sub(r"[\[\]]", "", no_proxy).replace(",", " ").split()
+    cleaned = [re.sub(r"^\*\.", ".", entry).rstrip(".") for entry in entries]
+    target = f"{host.rstrip('.')}:{port}"
+    proxies = {"no": ",".join(cleaned)}
+    bypass: Any = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+    return "*" in entries or bool(bypass(target, proxies))
 
 
-class _Gateway:
-    """Where the calls go: the checked base URL, the proxy on the way, the CAs that are trusted."""
-
-    def __init__(self, base_url: str, allow_http: bool, ca_file: Any) -> None:
-        like = f"{_BASE_URL}, without user and query"
-        parts = _url_parts("the base URL", like, r"https?://[\w.:/\[\]%~-]+", base_url)
-        self.tls, self.netloc = parts.scheme == "https", parts.netloc
-        self.host, self.port = str(parts.hostname), parts.port or (443 if self.tls else 80)
-        self.target = self.netloc if parts.port else f"{self.netloc}:{self.port}"
-        path = parts.path.rstrip("/")
-        self.url = f"{parts.scheme}://{self.netloc}{path}"
-        loopback = re.fullmatch(r"(.*\.)?localhost|127(\.[0-9]+){3}|[0:]*:0*1", self.host)
-        if not (self.tls or allow_http or loopback):
-            remedy = "use https, or allow_http=True (--allow-http)"
-            raise ConfigError(f"plain http to {self.host} would show the key on the way: {remedy}")
-        self.proxy = None if loopback else _proxy(parts.scheme, self.host, self.port)
-        through = " (through the proxy {}:{})".format(*self.proxy) if self.proxy else ""
-        self.name = self.netloc + through  # for messages
-        file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
-        if ca_file or not (file or folder):
-            file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-            file = ca_file or file
-            file, folder = (None, file) if os.path.isdir(file or "") else (file, None)
-        self.ca_file, self.ca_path = file or None, folder or None
-
-
-# ---- wire: one connection under a clock; the only room that touches the network ------------------
-
-_OPTIONS = (  # of a socket; 60 seconds, since a NAT forgets who is silent for 240 or more
-    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
-    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
-    (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),  # the same on macOS
-    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 60),
+_PROXY_URL = (
+    r"(?ai)(http://)?((?P<login>[^\s#/?@]*)@)?(?P<host>\[[0-9a-f:.]+\]|[\w.-]+)"
+    r"(:(?P<port>\d{1,5}))?/?"
 )
 
 
+class _Proxy:
+    """The HTTP proxy on the way to a host: it makes a tunnel, and does not see the API key."""
+
+    def __init__(self, match: re.Match[str]) -> None:
+        self.host = match["host"].strip("[]")
+        self.port = int(match["port"] or 80)
+        self.headers = {}
+        if match["login"] is not None:
+            user, _, password = match["login"].partition(":")
+            login = urllib.parse.unquote_to_bytes(f"{user}:{password}")
+            self.headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login).decode()
+
+
+def _find_proxy(host: str, port: int) -> _Proxy | None:
+    variables = urllib.request.getproxies_environment()
+    url = variables.get("https", "").strip()
+    if not url or _is_bypassed(host, port, variables.get("no", "")):
+        return None
+    match = re.fullmatch(_PROXY_URL, url)
+    if match and url.isascii() and 0 < int(match["port"] or 80) < 65536:
+        return _Proxy(match)
+    del variables, url, match  # a traceback may show local variables
+    example = "http://user:p%40ss@host:port, where p%40ss is the password p@ss"
+    raise ConfigError(f"HTTPS_PROXY must look like {example}")
+
+
+_CA_SETTINGS = (["SSL_CERT_FILE", "SSL_CERT_DIR"], ["REQUESTS_CA_BUNDLE"], ["CURL_CA_BUNDLE"])
+
+
+def _find_cas(ca_file: Any) -> tuple[str | None, str | None]:
+    """The file and the folder of trusted CAs; both are None for those of the system."""
+    settings = {"ca_file": ca_file}
+    for names in _CA_SETTINGS:
+        if not any(settings.values()):
+            settings = {name: os.environ.get(name) for name in names}
+    file = None
+    folder = None
+    for name, path in settings.items():
+        path = str(path or "")
+        if any(map(os.path.isdir, path.split(os.pathsep))):
+            folder = path
+        elif os.path.exists(path):
+            file = path
+        elif path and not (file and name == "SSL_CERT_DIR"):  # OpenSSL would trust no CA at all
+            raise ConfigError(f"{name} is {path}, which does not exist")
+    if not (file or folder) and "" in map(os.environ.get, _CA_SETTINGS[0]):
+        # OpenSSL would take the empty variable for the name of a file.
+        folder = ssl.get_default_verify_paths().openssl_capath
+    return file, folder
+
+
+class _Endpoint:
+    """Where requests go: the checked base URL, the proxy on the way, and the trusted CAs."""
+
+    def __init__(self, base_url: Any, allow_http: bool, ca_file: Any) -> None:
+        parts = _split_base_url(base_url)
+        self.is_tls = parts.scheme == "https"
+        self.netloc = parts.netloc
+        self.name = parts.netloc  # for messages
+        self.host = str(parts.hostname)
+        self.port = parts.port or (443 if self.is_tls else 80)
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self.proxy: _Proxy | None = None
+        self.cas: tuple[str | None, str | None] = (None, None)
+        is_loopback = _is_loopback(self.host)
+        if self.is_tls:
+            self.cas = _find_cas(ca_file)
+        elif not is_loopback and not allow_http:
+            remedy = "use https, or allow_http=True (--allow-http)"
+            raise ConfigError(f"plain http to {self.host} would expose the key: {remedy}")
+        if self.is_tls and not is_loopback:
+            self.proxy = _find_proxy(self.host, self.port)
+        if self.proxy:
+            self.name += f" (through the proxy {self.proxy.host}:{self.proxy.port})"
+
+
+# ---- connections: sockets under the clock of a call, kept for the next call ----------------------
+# The only section that touches the network. It lets all exceptions pass.
+
+# macOS uses the second name. A system that has neither refuses 0, which does no harm.
+_KEEPALIVE_OPTION = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0))
+
+
 class _Clock:
-    """The ends of a phase and of the call: a socket's own time-out starts anew with each byte."""
+    """The time limits of one call. A socket's own time-out would start anew with each byte."""
 
-    def __init__(self, timeout: Any, deadline: Any) -> None:
-        self.timeout = _seconds("timeout", timeout, 0)
-        deadline = _FOREVER if deadline is None else _seconds("deadline", deadline)
-        self.end = time.monotonic() + deadline
-        self.enter("connect")
+    def __init__(self, timeout: float, deadline: float) -> None:
+        self.timeout = timeout
+        self.deadline = time.monotonic() + deadline
+        self.start("connect")
 
-    def enter(self, phase: str) -> None:
-        """Begin "connect", "response" or "idle", the silence in a body, as of its first wait."""
-        self.phase, self.until = phase, 0.0  # 0.0: nobody has waited yet
+    def start(self, phase: str, limit: float = _LONGEST_WAIT) -> None:
+        """Begin "connect", "send", "response", "idle" or "error body", with a limit of its own."""
+        self.phase = phase
+        self.limit = limit
+        self.phase_end: float | None = None  # set by the first wait: the caller may take its time
 
-    def left(self) -> float:
-        """Seconds for the next wait, always above 0."""
+    def seconds_left(self) -> float:
+        """The seconds that the next wait may take. When none are left, it raises a time-out."""
         now = time.monotonic()
-        most = _CONNECT_SECONDS if self.phase == "connect" else _FOREVER
-        self.until = self.until or now + min(self.timeout, most)
-        left: float = min(self.until, self.end) - now
+        if self.phase_end is None:
+            self.phase_end = now + min(self.timeout, self.limit)
+        left = min(self.phase_end, self.deadline) - now
         if left <= 0:
             raise socket.timeout("timed out")
         return left
 
-    def pause(self, seconds: float) -> bool:
-        """Sleep, unless that would end past the deadline."""
-        if time.monotonic() + seconds >= self.end:
-            return False
-        time.sleep(seconds)
-        return True
+    def has_time_for(self, seconds: float) -> bool:
+        return time.monotonic() + seconds < self.deadline
 
 
-def _has_news(sock: socket.socket) -> bool:
-    """Whether something can be read at once: bytes, the end or an error."""
-    if getattr(sock, "pending", int)():
-        return True  # OpenSSL holds it already
-    if not hasattr(select, "poll"):
-        return bool(select.select([sock], [], [], 0)[0])  # Windows
-    poll = select.poll()  # which knows no limit of descriptors
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+class _Timed(socket.socket):
+    """A socket whose waits are bounded by the clock of the present call.
 
-
-class _Socket(io.RawIOBase):
-    """A socket as a raw file; before every wait it asks the clock of the present call."""
-
-    def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.sock, self.pid = sock, os.getpid()
-        self.may_end = False  # whether the end of the connection ends the body
-        self.began = False  # whether a byte of the answer has come, so that the call was seen
-        self.clock: Any = clock  # None while the wire is kept: there is nothing to wait for
-
-    def arm(self) -> None:
-        """Bound the next wait; not for a millisecond's sake, since all threads queue for that."""
-        left = self.clock.left()
-        if abs((self.sock.gettimeout() or 0.0) - left) > 0.001:
-            self.sock.settimeout(left)
-
-    def send(self, data: Any) -> None:
-        self.arm()
-        self.sock.sendall(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self.clock is None:
-            return None
-        if self.pid != os.getpid():
-            raise OSError("a forked process cannot read what its parent has asked for")
-        self.arm()
-        size = self.sock.recv_into(buffer)
-        if size:
-            self.began = True
-        elif not self.may_end:  # for http.client it would be the end of any head or body
-            raise ConnectionError("the connection was closed too early")
-        return size
-
-    def close(self) -> None:
-        super().close()
-        self.sock.close()
-
-
-class _Wire(io.BufferedReader):
-    """What http.client takes for its socket and its file: one buffer as long as the connection.
-
-    http.client closes its file after each answer, but what came behind an answer must be seen: so
-    `close` does nothing. The socket is closed by its owner, or when nobody holds it any more.
+    It has class attributes, because ssl makes its sockets without calling __init__.
     """
 
-    def __init__(self, sock: socket.socket, clock: _Clock) -> None:
-        self.link = _Socket(sock, clock)
-        super().__init__(self.link, _BLOCK)
+    clock: _Clock
+    used_at = (0.0, 0.0)
+    received_any = False
+    eof_ends_body = False  # of a response that has no other sign of its end
 
-    def makefile(self, mode: str) -> _Wire:
-        return self
+    def __del__(self) -> None:
+        self.close()  # when the stream or the client that owns it is dropped
 
-    def close(self) -> None:
-        pass
+    def begin(self, clock: _Clock) -> None:
+        """Start to send a request and to receive its response."""
+        self.clock = clock
+        self.received_any = False
 
-    flush = close
+    def apply_timeout(self) -> None:
+        self.settimeout(self.clock.seconds_left())
 
-    def answer(self, method: str) -> http.client.HTTPResponse:
-        """The head of the answer; waits through 102 and 103 too, where http.client skips 100."""
-        while True:
-            response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
-            response.begin()
-            if not 101 < response.status < 200:
-                return response
+    def upload(self, data: bytes) -> None:
+        """Send all the data. A block that was sent ends a silence."""
+        view = memoryview(data)
+        while view:
+            self.clock.start("send")
+            self.apply_timeout()
+            view = view[self.send(view[:_SEND_BLOCK]) :]
 
-    def fresh(self) -> bool:
-        """Whether it can be used again: nothing came after its last answer, not even the end."""
-        self.link.clock = None
+    def recv_into(self, *args: Any) -> int:
+        """What http.client calls to read."""
+        self.apply_timeout()
+        size = super().recv_into(*args)
+        if size:
+            self.received_any = True
+        elif self.received_any and not self.eof_ends_body:
+            # http.client would take headers that end here for complete ones.
+            raise ConnectionError("the connection was closed in the middle of the response")
+        return size
+
+    def is_old(self) -> bool:
+        """By both clocks: the monotonic one stands still while a Lambda function is frozen."""
+        monotonic, wall = self.used_at
+        return max(time.monotonic() - monotonic, time.time() - wall) > _IDLE_SECONDS
+
+    def is_silent(self) -> bool:
+        """Whether nothing has arrived while it was idle, not even the end."""
         try:
-            if self.peek(1) or self.link.pid != os.getpid():
-                return False  # what is left of the last answer nobody asked for
-            return not _has_news(self.link.sock)
-        except (OSError, ValueError):
-            return False  # it was closed
-
-
-def _dial(gateway: _Gateway, clock: _Clock) -> socket.socket:
-    """Try the addresses in turn, each in half of the time that is left, since one may be dead."""
-    host, port, _ = gateway.proxy or (gateway.host, gateway.port, {})
-    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    clock.enter("connect")  # not before, since nothing bounds the resolver
-    for untried, (*_, address) in zip(range(len(addresses), 0, -1), addresses):
-        try:
-            share = clock.left() / min(untried, 2)
-            return socket.create_connection(address[:2], share)  # type: ignore[arg-type]
+            self.settimeout(0.0)
+            # Look at the bytes of the network first: TLS takes ten times as long to find none.
+            socket.socket.recv(self, 1, socket.MSG_PEEK)
+            self.recv(1)  # also digests the session tickets of TLS 1.3
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
         except OSError:
-            if untried == 1:
+            pass
+        return False
+
+
+class _TLSSocket(_Timed, ssl.SSLSocket):
+    """What `ssl` makes of a `_Timed`."""
+
+    def is_silent(self) -> bool:
+        return self.pending() == 0 and super().is_silent()
+
+
+def _connect_tcp(host: str, port: int, clock: _Clock) -> _Timed:
+    """Try the addresses of a host in turn, each in half of the time left, as one may be dead."""
+    clock.start("connect")
+    clock.seconds_left()  # a deadline that has passed is reported before a name is looked up
+    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    clock.start("connect", _CONNECT_SECONDS)  # not earlier: nothing bounds the name resolver
+    while addresses:
+        family, kind, protocol, _, address = addresses.pop(0)
+        seconds = clock.seconds_left()
+        if addresses:
+            seconds /= 2
+        try:
+            sock = _Timed(family, kind, protocol)
+            sock.settimeout(seconds)
+            sock.connect(address)
+            return sock
+        except OSError:
+            if not addresses:
                 raise
-    raise OSError("the name has no address")
+    raise OSError("the host has no address")
 
 
-def _idle_seconds(monotonic: float, wall: float) -> float:
-    """Since both; the monotonic clock alone stands still in a frozen Lambda sandbox."""
-    return max(time.monotonic() - monotonic, time.time() - wall)
+def _open_tunnel(sock: _Timed, proxy: _Proxy, host: str, port: int) -> None:
+    """Ask a proxy for a tunnel. http.client's set_tunnel cannot be bounded in time."""
+    if ":" in host:
+        host = f"[{host}]"
+    target = f"{host}:{port}"
+    sock.apply_timeout()
+    sock.sendall(_http_head("CONNECT", target, {"Host": target, **proxy.headers}))
+    with http.client.HTTPResponse(sock, method="HEAD") as response:  # like HEAD, without a body
+        response.begin()
+    status = response.status
+    advice = "check that it allows the host of the base URL"
+    if status in (401, 407):
+        advice = "put a user and a password into HTTPS_PROXY"
+        if proxy.headers:
+            advice = "check the user and the password in HTTPS_PROXY"
+    if not 200 <= status < 300:
+        what = f"was refused by the proxy ({status})"
+        is_retryable = status >= 500
+        raise APIConnectionError(what, advice=advice, phase="connect", retryable=is_retryable)
 
 
 class _Pool:
-    """The connections to one gateway that are kept, last in first out.
+    """The idle connections of one process. A connection that is dropped closes itself."""
 
-    With TLS a new wire costs three round trips and 1 ms of CPU, a kept one a single round trip.
-    `list.append` and `list.pop` need no lock. A wire belongs to the process that made it: a forked
-    child finds its copies not fresh and closes them, which its parent does not notice.
-    """
+    def __init__(self) -> None:
+        self.idle: list[_Timed] = []
+        self.is_closed = False
 
-    def __init__(self, gateway: _Gateway) -> None:
-        self.gateway, self.closed = gateway, False
-        self.idle: list[tuple[_Wire, float, float]] = []  # since when, by both clocks
-        self.contexts: dict[int, ssl.SSLContext] = {}
-        self.locks: dict[int, Any] = {}
-
-    def close(self) -> None:
-        """Hang up what is idle, and from now on what is given back."""
-        self.closed = True
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Hang up what rests for too long: the last one in is used first, so the first may."""
-        with contextlib.suppress(IndexError):
-            while self.closed or _idle_seconds(*self.idle[0][1:]) > _IDLE_SECONDS:
-                self.idle.pop(0)[0].link.close()
-
-    def keep(self, wire: _Wire) -> None:
-        self.idle.append((wire, time.monotonic(), time.time()))
-        self.tidy()
-
-    def kept(self) -> _Wire | None:
-        with contextlib.suppress(IndexError):  # not asked for before: another thread may be quicker
-            while True:
-                wire, *since = self.idle.pop()
-                if _idle_seconds(*since) < _IDLE_SECONDS and wire.fresh():
-                    return wire
-                wire.link.close()
+    def take(self) -> _Timed | None:
+        """Drop the old ones, which are at the start of the list, and take the last one."""
+        with contextlib.suppress(IndexError):  # none is left, perhaps because of another thread
+            while self.idle[0].is_old():
+                del self.idle[0]
+            sock = self.idle.pop()
+            while not sock.is_silent():
+                sock = self.idle.pop()
+            return sock
         return None
 
-    def tls(self) -> ssl.SSLContext:
-        """The one context of this client, made at the first call: loading the CAs takes 20 ms.
+    def give_back(self, sock: _Timed) -> None:
+        sock.used_at = (time.monotonic(), time.time())
+        if not self.is_closed:
+            self.idle.append(sock)
 
-        By process, since a fork may copy locks that another thread holds, OpenSSL's and ours.
+    def close(self) -> None:
+        """Close the connections that are idle, and those that are given back later."""
+        self.is_closed = True
+        self.idle.clear()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response that gives its connection back to the pool at the end of its body."""
+
+    def __init__(self, sock: _Timed, method: str, pool: _Pool) -> None:
+        super().__init__(sock, method=method)
+        self.owned = [sock]  # whoever pops the socket decides what becomes of it
+        self.pool = pool
+
+    def has_known_end(self) -> bool:
+        """Whether it ends before the connection does."""
+        return self.chunked or self.length is not None
+
+    def read_block(self) -> bytes:
+        """Return bytes as soon as some arrive, and b"" at the true end of the body."""
+        block = self.read1(_BLOCK)  # read(n) would wait for n bytes
+        if self.chunked and (self.chunk_left or 0) < 0:
+            raise http.client.IncompleteRead(b"")  # http.client accepts a size of -5
+        if not block:
+            # A server often closes the connection behind an error.
+            self.release(keep=self.status < 400 and not self.will_close)
+        return block
+
+    def release(self, keep: bool = False) -> None:
+        """Give the connection back to the pool, or close it. A second call does nothing."""
+        self.close()
+        with contextlib.suppress(IndexError):
+            sock = self.owned.pop()
+            if keep:
+                self.pool.give_back(sock)
+            else:
+                sock.close()
+
+    def interrupt(self) -> None:
+        """End the wait of the thread that reads this response, which closing would not do."""
+        with contextlib.suppress(IndexError, OSError):  # it has ended already
+            # SSLSocket.shutdown would take TLS away from the thread that is reading.
+            socket.socket.shutdown(self.owned.pop(), socket.SHUT_RDWR)
+
+
+def _new_tls_context(file: str | None, folder: str | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=file, capath=folder)
+    except OSError as error:
+        raise ConfigError(f"cannot load CAs from {file or folder}: {error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslsocket_class = _TLSSocket
+    return context
+
+
+class _Handler(urllib.request.BaseHandler):
+    """Opens requests as urllib's own handlers do, but over connections that are kept."""
+
+    def __init__(self, endpoint: _Endpoint) -> None:
+        self.endpoint = endpoint
+        self.process = 0
+        self.begin_in_process()
+
+    def add_parent(self, parent: Any) -> None:
+        """Keep no reference: in a circle, a dropped client would stay connected for a while."""
+
+    def begin_in_process(self) -> None:
+        """Begin anew in a fork, which must not use the connections of its parent.
+
+        Nor may it use the context, because another thread may have held a lock of OpenSSL.
         """
-        from threading import Lock  # not at the top: nobody else needs it at import
+        process = os.getpid()
+        if process != self.process:
+            self.pool = _Pool()
+            if self.endpoint.is_tls:
+                self.tls_context: Any = _new_tls_context(*self.endpoint.cas)
+            self.process = process  # the last step, because of other threads
 
-        pid, file, path = os.getpid(), self.gateway.ca_file, self.gateway.ca_path
-        with self.locks.setdefault(pid, Lock()):
-            if pid in self.contexts:
-                return self.contexts[pid]
+    def connect(self, clock: _Clock) -> _Timed:
+        """TCP, CONNECT if there is a proxy, and TLS."""
+        endpoint = self.endpoint
+        peer = endpoint.proxy or endpoint
+        sock = _connect_tcp(peer.host, peer.port, clock)
+        with contextlib.suppress(OSError):  # options are only hints
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, _KEEPALIVE_OPTION, _KEEPALIVE_SECONDS)
+        if not endpoint.is_tls:
+            return sock
+        sock.begin(clock)
+        if endpoint.proxy:
+            _open_tunnel(sock, endpoint.proxy, endpoint.host, endpoint.port)
+        sock.apply_timeout()  # for the handshake as a whole
+        tls: _Timed = self.tls_context.wrap_socket(sock, server_hostname=endpoint.host)
+        return tls
+
+    def http_open(self, request: Any) -> _Response:
+        """Open a `_Call`, which is a urllib request with a clock."""
+        self.begin_in_process()
+        sock = self.pool.take()
+        if sock:
             try:
-                if path and not file and not any(map(os.path.isdir, path.split(os.pathsep))):
-                    raise OSError("no such folder")  # which OpenSSL would not mind
-                context = ssl.create_default_context(cafile=file, capath=path)
-            except (OSError, TypeError, ValueError) as error:
-                raise ConfigError(f"needs a CA file, and {file or path} is none: {error}") from None
-            return self.contexts.setdefault(pid, context)
+                return self.exchange(request, sock)
+            except (ConnectionError, ssl.SSLError):
+                # The server had closed it. A new one takes its place if nothing can be billed.
+                if sock.received_any or not request.is_safe_to_repeat():
+                    raise
+        return self.exchange(request, self.connect(request.clock))
 
-    def connect(self, clock: _Clock) -> _Wire:
-        """TCP, CONNECT where a proxy is on the way (it sees nothing of the API key), TLS."""
-        gateway = self.gateway
-        clock.enter("connect")
-        clock.left()  # a deadline that has passed is told at once
-        context = self.tls() if gateway.tls else None
-        wire = _Wire(_dial(gateway, clock), clock)
-        for level, option, value in _OPTIONS:
-            with contextlib.suppress(AttributeError, OSError):  # no system knows all of them
-                wire.link.sock.setsockopt(level, getattr(socket, option), value)
-        if not context:
-            return wire
-        if gateway.proxy:
-            headers = {"Host": gateway.target, **gateway.proxy[2]}
-            wire.link.send(_head("CONNECT", gateway.target, headers))
-            status = wire.answer("HEAD").status  # as to HEAD, the answer has no body
-            if not 200 <= status < 300:
-                login = status in (401, 407)
-                remedy = "put user and password into HTTPS_PROXY" if login else "check the base URL"
-                what = f"was refused by the proxy ({status}): {remedy}"
-                raise APIConnectionError(what, phase="connect", retryable=not login)
-        wire.link.arm()
-        sock = context.wrap_socket(wire.link.sock, server_hostname=gateway.host)
-        return _Wire(sock, clock)  # and what the proxy sent behind its answer is forgotten
+    https_open = http_open
+
+    def exchange(self, request: Any, sock: _Timed) -> _Response:
+        """Send a request, and read the head of its response."""
+        sock.begin(request.clock)
+        response = _Response(sock, request.get_method(), self.pool)
+        try:
+            # A server that closes the connection may have sent a reason before that, such as 413.
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                sock.upload(request.to_bytes())
+                request.clock.start("response")
+            response.begin()
+        except BaseException:
+            response.release()
+            raise
+        sock.eof_ends_body = not response.has_known_end()
+        request.clock.start("idle")
+        return response
 
 
-# ---- transport: calls over kept wires, tried again where that is safe; only our errors leave it --
+# ---- calls: a request that is sent again where that is safe --------------------------------------
+# The only section that turns exceptions of the network into errors, and their only way out.
 
-_EXPECTED = (OSError, http.client.HTTPException, ValueError, MemoryError, LowRouterError)
-_LOST = {"connect": "cannot be reached", "response": "did not answer", "idle": "cut its answer"}
+_NETWORK_ERRORS = (OSError, http.client.HTTPException)
+_ENCODINGS = r"(?i)\b(gzip|deflate|br|zstd|compress)\b"
+_TIMEOUTS = {  # by phase: what happened, and what to do
+    "connect": ("could not be reached in time", _CHECK_NETWORK),
+    "send": ("did not accept the request in time", "increase the timeout"),
+    "response": ("did not answer in time", "increase the timeout"),
+    "idle": ("stopped sending in the middle of its response", "increase the timeout"),
+    "deadline": ("had not answered when the deadline passed", "increase the deadline"),
+}
+_LOST = {  # by phase
+    "connect": "cannot be reached",
+    "send": "closed the connection before it had the whole request",
+    "response": "closed the connection without a response",
+    "idle": "dropped the connection mid-response",
+}
 
 
 class _Call(urllib.request.Request):
-    """One request and its answer; it owns its wire, and gives it back at the end of the body."""
-
-    wire: _Wire | None = None  # as long as the call owns it
-    sent = False  # to its last byte; an answer may come before, 413 say
-    streams = abandoned = False
-    max_retries = 0
+    """One call of the gateway, from its request to the end of its response."""
 
     def __init__(
-        self, pool: _Pool, clock: _Clock, key: str, method: str, path: str, data: bytes, more: Any
+        self, endpoint: _Endpoint, key: str, method: str, path: str, data: bytes, clock: _Clock
     ) -> None:
-        gateway = self.gateway = pool.gateway
-        self.pool, self.clock, self.key = pool, clock, key
-        super().__init__(gateway.url + path, data, method=method)
-        headers = {**_our_headers(gateway.netloc, key, method, data), **more}
-        if gateway.proxy and not gateway.tls:
-            host, port, login = gateway.proxy
-            self.set_proxy(f"{host}:{port}", "http")
-            headers.update(login)
-        self.message = memoryview(_head(method, self.selector, headers) + data)
-        self.received = bytearray()  # of a body that is read as a whole
+        super().__init__(endpoint.url + path, data, method=method)
+        self.endpoint = endpoint
+        self.key = key
+        self.clock = clock
         self.pins: Json = {}
+        self.verifies_pins = True
+        self.choices_requested = 1
+        self.response: Any = None  # a `_Response`, once there is one
+        self.received = bytearray()  # of a body that is read as a whole
 
-    def shown(self) -> str:
-        """What an error carries of a body."""
-        return self.received[:_ERROR_LIMIT].decode("utf-8-sig", "replace")
+    def to_bytes(self) -> bytes:
+        head = _http_head(self.get_method(), self.selector, dict(self.header_items()))
+        return head + bytes(self.data)  # type: ignore[arg-type]
 
-    def translated(self, cause: Exception) -> LowRouterError:
-        """Our error for a foreign one, by the phase in which it was raised."""
-        phase = self.clock.phase
-        again = self.get_method() == "GET" or phase == "connect"
-        billed = "; the call may have been billed, so it is not sent again"
-        billed = billed if self.sent and not again else ""
-        check = "check the base URL, the network and HTTPS_PROXY" if phase == "connect" else ""
-        if isinstance(cause, (socket.timeout, TimeoutError)):
-            phase = "deadline" if self.clock.end <= self.clock.until else phase
-            remedy = "raise deadline" if phase == "deadline" else "raise timeout"
-            remedy = f"{check}, or {remedy}" if check else remedy
-            reason = f"took too long (time-out: {phase}): {remedy}{billed}"
-            return APITimeoutError(reason, phase=phase, retryable=again)
-        reason = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            trusted = self.gateway.ca_file or self.gateway.ca_path or "the system's CAs"
-            hint = "set SSL_CERT_FILE to a private CA; Python 3.13 and later check it strictly"
-            date, host = "its dates or this clock are wrong", "check the base URL"
-            hint = {9: date, 10: date, 62: host, 64: host}.get(cause.verify_code, hint)  # of X509_V
-            return APIConnectionError(f"{reason}; checked against {trusted}: {hint}")
-        if "CERTIFICATE" in str(getattr(cause, "reason", "")):  # an alert of TLS 1.3 comes late
-            return APIConnectionError(f"{reason}; the server asks for a client's certificate")
-        reason += billed or "; " + (check or "ask again")
-        if phase != "idle":
-            return APIConnectionError(reason, phase=phase, retryable=again or not self.sent)
-        kind = StreamError if self.streams else BadResponseError
-        return kind(reason, retryable=again)
+    def is_safe_to_repeat(self) -> bool:
+        """Whether the gateway cannot have answered the request, and billed it."""
+        return self.get_method() == "GET" or self.clock.phase in ("connect", "send")
 
-    def failure(self, cause: Exception, come: Completion | None = None) -> LowRouterError:
-        """Our error for whatever was raised: short, with what has come, and without the key."""
-        error = cause if isinstance(cause, LowRouterError) else self.translated(cause)
-        answer = Completion(_without(self.key, come or error.completion or {}))
-        if self.clock.phase == "idle":  # else no answer has begun
-            answer.headers = _without(self.key, self.response.headers)
-        told = {"body": self.shown() or None, "generation_id": answer.generation_id, **vars(error)}
-        vars(error).update(_without(self.key, told), completion=answer or None)
-        what = str(error)  # a stream's error may pass here twice
-        what = what if what.startswith(self.gateway.name) else f"{self.gateway.name} {what}"
-        line = "".join(c if c.isprintable() else " " for c in _without(self.key, what))
-        error.args = (line[:_MESSAGE_LIMIT],)
-        error.__context__ = error.__traceback__ = None  # they hold our frames, these the client
-        return error
-
-    def exchange(self, wire: _Wire) -> None:
-        """Send the request and read the head of the answer."""
-        self.wire, self.sent, wire.link.began = wire, False, False
-        wire.link.clock = self.clock
-        self.clock.enter("response")
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            # who closes before it has read all may have said why, 413 say: the answer decides
-            for start in range(0, len(self.message), _SEND_BLOCK):
-                wire.link.send(self.message[start : start + _SEND_BLOCK])
-                self.clock.enter("response")  # a block ends a wait
-            self.sent = True
-        self.response = wire.answer(self.get_method())
-        wire.link.may_end = self.response.length is None and not self.response.chunked
-        self.clock.enter("idle")
-
-    def open(self) -> None:
-        """Send over a kept wire; that may have died: then a new one is taken, once."""
-        wire = self.pool.kept()
-        if wire:
+    def run(
+        self,
+        opener: urllib.request.OpenerDirector,
+        parse: Callable[[_Call], T],
+        max_retries: int,
+        on_retry: Callable[[LowRouterError, float], object] | None,
+    ) -> T:
+        """Send the request until it is answered, and return what `parse` makes of the response."""
+        delay = _RETRY_DELAY
+        for retries_left in range(max_retries, -1, -1):
+            self.response = None
+            self.received.clear()
             try:
-                return self.exchange(wire)
-            except (ConnectionError, ssl.SSLError):
-                wire.link.close()
-                if wire.link.began or (self.sent and self.get_method() != "GET"):
-                    raise
-        return self.exchange(self.pool.connect(self.clock))
-
-    def check(self) -> None:
-        """Raise unless the gateway said yes, in the framing and the coding that we understand."""
-        response, status, headers = self.response, self.response.status, self.response.headers
-        encoded = headers.get("Content-Encoding", "").strip().lower() not in ("", "identity")
-        if status >= 400:
-            if not encoded:
-                self.within(_ERROR_SECONDS, lambda: self.fill(_ERROR_LIMIT))
-            error = _status_error(response, self.shown())
-            if self.pins and isinstance(error, NoProviderError):
-                error.pinned, error.retryable = True, False
-            raise error
-        if not 200 <= status < 300:
-            target = re.match(r"(?:\w+:)?//([^/?#]*)", headers.get("Location", ""))
-            host = target[1].rpartition("@")[2] if target else "another path"
-            reason = "the key is sent to the gateway only: check the base URL"
-            raise BadResponseError(f"redirects ({status}) to {host}, refused: {reason}")
-        if "Transfer-Encoding" in headers and not response.chunked:
-            raise BadResponseError("sent a body whose end is not clear: a proxy may have done it")
-        if encoded:
-            raise BadResponseError("sent an encoded answer: a proxy may have done it")
-        if headers.defects and response.length is None and not response.chunked:
-            raise BadResponseError("sent a header that cannot be read: a proxy may have done it")
-
-    def read(self) -> bytes:
-        """Return bytes as soon as there are some, and b"" at the true end of the body."""
-        # read1, since read(n) would wait for n bytes; without a wire the end has been seen
-        block = self.response.read1(_BLOCK) if self.wire else b""
-        if self.response.chunked and (self.response.chunk_left or 0) < 0:
-            raise http.client.IncompleteRead(b"")  # for http.client -5 is the size of a chunk
-        wire = self.wire
-        if not block and wire:
-            self.wire = None  # before the look at `abandoned`
-            if self.response.will_close or self.abandoned or not self.sent:
-                wire.link.close()
-            else:
-                self.pool.keep(wire)
-        return block
-
-    def close(self) -> None:
-        """Hang up, unless the wire was given back."""
-        wire = self.wire  # once, since another thread may just give it back
-        if wire:
-            wire.link.close()
-
-    def abandon(self) -> None:
-        """End the wait of another thread for this answer, which closing would not."""
-        self.abandoned = True  # before the wire is looked at: from now on it is not given back
-        wire = self.wire
-        if wire and wire.link.pid == os.getpid():  # the answer may be that of a parent process
-            with contextlib.suppress(OSError):
-                # not that of SSLSocket, which takes TLS away from the thread that is reading
-                socket.socket.shutdown(wire.link.sock, socket.SHUT_RDWR)
-
-    def fill(self, limit: int) -> None:
-        """Read the body to its end; any byte ends a silence."""
-        for block in iter(self.read, b""):
-            self.clock.enter("idle")
-            self.received += block
-            if len(self.received) > limit:
-                raise BadResponseError(f"sent more than {limit >> 10} KiB")
-
-    def within(self, seconds: float, read: Callable[[], Any]) -> None:
-        """Read what is no news any more, for some seconds."""
-        end, self.clock.end = self.clock.end, min(self.clock.end, time.monotonic() + seconds)
-        with contextlib.suppress(*_EXPECTED):
-            read()
-        self.clock.end = end
-
-    def json(self) -> Any:
-        """The body as JSON; None where there is none (204)."""
-        self.fill(_ANSWER_LIMIT)
-        if not self.received and (self.response.chunked or self.response.length == 0):
-            return None
-        try:
-            text = self.received.decode("utf-8-sig")
-            del self.received[_ERROR_LIMIT:]  # 50 MB are in memory twice, not three times
-            data = _loads(text)
-        except ValueError:
-            start, html = self.shown()[:99].lstrip(), "HTML: a proxy answered, not LowRouter"
-            what = html if start.startswith("<") else f"no JSON, or a part of it: {start}"
-            raise BadResponseError(f"sent {what}") from None
-        if "generation_id" not in _as(dict, data) and _is_error(data):
-            raise _refusal(BadResponseError, "failed", data)
-        return data
-
-    def send(self, take: Callable[[_Call], T]) -> T:
-        """Send the call until it is answered, and return what `take` makes of it."""
-        (pause, longest), errors = _BACKOFF, [LowRouterError()]  # a list: see the last line
-        for tries_left in range(self.max_retries, -1, -1):
-            try:
-                self.received.clear()
-                self.open()
-                self.check()
-                return take(self)
+                self.response = opener.open(self)
+                self._check_response()
+                return parse(self)
             except BaseException as cause:
                 self.close()
-                if not isinstance(cause, _EXPECTED):
+                if not isinstance(cause, (*_NETWORK_ERRORS, LowRouterError)):
                     raise
-                errors = [self.failure(cause)]
-            told = errors[0].retry_after
-            wait = pause * random.uniform(0.75, 1) if told is None else told
-            if not tries_left or not errors[0].retryable or not self.clock.pause(wait):
+                error = self.public_error(cause)
+            seconds = error.retry_after
+            if seconds is None:
+                seconds = delay * random.uniform(0.75, 1.0)
+            if not retries_left or not error.retryable or not self.clock.has_time_for(seconds):
                 break
-            pause = min(pause * 2, longest)
-        raise errors.pop()  # a local name would close the ring of error, traceback and frame
+            delay = min(2 * delay, _LONGEST_RETRY_DELAY)
+            if on_retry:
+                start = time.monotonic()
+                on_retry(error, seconds)
+                seconds -= time.monotonic() - start  # it may do the waiting itself
+            time.sleep(max(0.0, seconds))
+        try:
+            raise error
+        finally:
+            del error  # or the error, its traceback and this frame would hold each other
 
+    def close(self) -> None:
+        """Hang up, unless the response was read to its end."""
+        if self.response:
+            self.response.release()
 
-# ---- server-sent events: blocks -> texts -> events; WHATWG's rules, knowing neither JSON nor us --
-
-
-def _texts(blocks: Iterable[bytes]) -> Iterator[list[str]]:
-    """Split at blank lines, which end an event, then decode, so that no character is ever cut."""
-    rest, after_cr, codec = bytearray(), False, "utf-8-sig"  # one BOM may lead
-    for block in blocks:
-        if after_cr and block.startswith(b"\n"):
-            block = block[1:]  # the other half of a CRLF
-        after_cr, searched = block.endswith(b"\r"), max(len(rest) - 1, 0)
-        rest += block.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in block else block
-        end = rest.rfind(b"\n\n", searched)
-        if end >= 0:
-            yield rest[:end].decode(codec, "replace").split("\n\n")
-            del rest[: end + 2]
-            codec = "utf-8"
-        elif len(rest) > _EVENT_LIMIT:
-            raise StreamError(f"sent an event longer than {_EVENT_LIMIT >> 20} MiB")
-    yield [rest.decode(codec, "replace")]
-
-
-def _events(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield (name, data) where there is data, also in an unfinished last event [assumption]."""
-    for text in itertools.chain.from_iterable(_texts(blocks)):
-        if text.startswith("data: ") and "\n" not in text:
-            yield "", text[6:]  # as nearly all are
+    def _check_response(self) -> None:
+        """Raise unless the status is a success, and the body has a form that can be read."""
+        response = self.response
+        headers = response.headers
+        encoding = headers.get("Content-Encoding", "")
+        if response.status >= 400:
+            raise self._status_error()
+        advice = "a proxy may be the cause"
+        hides_headers = headers.defects and not response.has_known_end()
+        if not 200 <= response.status < 300:
+            location = headers.get("Location", "")
+            host = "".join(re.findall(r"^(?:\w+:)?//(?:[^/?#]*@)?([^/?#]+)", location))
+            problem = f"answered {response.status}, which leads to {host or 'another path'}"
+            advice = "the key is only sent to the gateway itself; check the base URL"
+        elif re.search(_ENCODINGS, encoding):
+            problem = f"sent an encoded response ({encoding})"
+        elif hides_headers or ("Transfer-Encoding" in headers and not response.chunked):
+            problem = "sent a response whose end is unclear"
         else:
-            names = re.findall(r"(?m)^event: ?(.*)", text)
-            data = re.findall(r"(?m)^data(?:: ?(.*))?$", text)
-            if data:
-                yield "".join(names[-1:]).strip(), "\n".join(data)
-            elif odd := re.match(r"\n?(?:error:|(?=[{<]))\s*(.*)", text, re.S):
-                yield "error", odd[1]  # a field of llama.cpp, or a proxy's words [assumption]
+            return
+        raise BadResponseError(problem, advice=advice)
+
+    def _read_body(self, limit: int) -> None:
+        for block in iter(self.response.read_block, b""):
+            self.received += block
+            if len(self.received) > limit:
+                raise BadResponseError(f"sent more than {limit >> 20} MiB")
+            if self.clock.phase == "idle":
+                self.clock.start("idle")  # a byte ends a silence
+
+    def excerpt(self) -> str:
+        return self.received[:_ERROR_BODY_LIMIT].decode("utf-8", "replace").lstrip("\ufeff")
+
+    def _status_error(self) -> LowRouterError:
+        status = self.response.status
+        headers = self.response.headers
+        self.clock.start("error body", _ERROR_BODY_SECONDS)
+        with contextlib.suppress(*_NETWORK_ERRORS, BadResponseError):  # the status says most
+            if not re.search(_ENCODINGS, headers.get("Content-Encoding", "")):
+                self._read_body(_ERROR_BODY_LIMIT)
+        retry_after = _parse_retry_after(headers.get("Retry-After", ""))
+        is_pinned = status == 503 and bool(self.pins)
+        is_retryable = _is_retried(status, self.get_method(), is_pinned)
+        kind, advice = _STATUS_ERRORS.get(status, (APIStatusError, "change the request"))
+        if status == 404:
+            advice = self._not_found_advice()
+        elif status in _GATEWAY_TIMEOUTS and not is_retryable:
+            advice = _NOT_RETRIED
+        elif is_retryable and kind is APIStatusError:
+            advice = "try again later"
+        error = _error_from_body(
+            kind,
+            f"answered {status}",
+            self.excerpt(),
+            advice,
+            status=status,
+            headers=headers,
+            request_id=headers.get("X-Request-Id"),
+            retry_after=retry_after,
+            retryable=is_retryable and (retry_after or 0.0) <= _LONGEST_RETRY_AFTER,
+            pinned=is_pinned,
+        )
+        error.message = error.message or self.response.reason
+        return error
+
+    def _not_found_advice(self) -> str:
+        if "/generation/" in self.selector:
+            return "check the id; a new record may take some seconds to appear"
+        if re.search(r"(?i)\bmodel(\b|_)", self.excerpt()):  # not `models`, which is a path
+            return "check the name of the model; models() lists the names"
+        return "check the path, and that the base URL contains /v1 only once"
+
+    def read_json(self) -> Any:
+        """The body as JSON; None for an empty one."""
+        self._read_body(_ANSWER_LIMIT)
+        if not self.received and self.response.has_known_end():
+            return None
+        try:
+            text = self.received.decode("utf-8")
+            del self.received[_ERROR_BODY_LIMIT:]  # so that 50 MB are in memory twice, not 3 times
+            data = _parse_json(text)
+        except ValueError:
+            happened = "sent something else than JSON, or only a part of it"
+            raise _error_from_body(BadResponseError, happened, self.excerpt()) from None
+        record = _dict_or_empty(data)
+        if record.get("error") and "generation_id" not in record:
+            raise _error_from_body(BadResponseError, "reported an error", data)
+        return data
+
+    def drain(self) -> None:
+        """Wait a moment for the end of the body, so that the connection can be kept."""
+        self.clock.start("idle", _DRAIN_SECONDS)
+        with contextlib.suppress(*_NETWORK_ERRORS):  # the answer is complete
+            self.response.read_block()
+
+    def verify_route(self, answer: _Answer, is_complete: bool) -> None:
+        """Raise if the answer names another route than the pinned one, or none when complete."""
+        for name, pin in self.pins.items():
+            actual = getattr(answer, name) or ""
+            is_kept = actual.lower() == str(pin).strip().lower()
+            if self.verifies_pins and not is_kept and (actual or is_complete):
+                what = f"answered from {name} {actual or '(not named)'}, but {pin} was pinned"
+                advice = "verify_route=False (--no-verify-route) accepts that"
+                raise RouteMismatchError(what, completion=answer, advice=advice)
+
+    def public_error(
+        self, cause: BaseException, partial: Completion | None = None
+    ) -> LowRouterError:
+        """The error that leaves this module: one line, what was received, and nowhere the key.
+
+        It is a new error, because the frames and the causes of the old one may hold the key.
+        """
+        error = cause
+        if not isinstance(error, LowRouterError):
+            error = self._map_exception(cause, is_stream=partial is not None)
+        answer = Completion(partial or error.completion or {})
+        if self.response:
+            answer.headers = self.response.headers
+        details = {
+            "body": self.excerpt() or None,
+            "generation_id": answer.generation_id,
+            **vars(error),
+            "completion": answer or None,
+        }
+        advice = details.pop("advice", "")
+        line = f"{self.endpoint.name} {error}"
+        if error.message is not None:
+            line += ": " + (_one_line(_redact(error.message, self.key)) or "it gave no reason")
+        if advice:
+            line += f" ({advice})"
+        line = _one_line(_redact(line, self.key), 2 * _MESSAGE_LIMIT)
+        return type(error)(line, **_redact(details, self.key))
+
+    def _map_exception(self, cause: BaseException, is_stream: bool) -> LowRouterError:
+        """The error for an exception of the network, by the phase in which it was raised."""
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            file, folder = self.endpoint.cas
+            trusted = file or folder or "the system"
+            happened = f"has a certificate that {trusted} does not confirm: {cause}"
+            advice = "check the base URL and the clock of this machine, or set SSL_CERT_FILE"
+            return APIConnectionError(happened, advice=advice, phase="connect")
+        phase = self.clock.phase
+        is_safe = self.is_safe_to_repeat()
+        billed = "" if is_safe else _NOT_RETRIED
+        if isinstance(cause, socket.timeout):
+            if not self.clock.has_time_for(0.0):
+                phase = "deadline"
+            happened, advice = _TIMEOUTS[phase]
+            advice = f"{advice}; {billed}".rstrip("; ")
+            phase = phase.replace("send", "response")
+            return APITimeoutError(happened, advice=advice, phase=phase, retryable=is_safe)
+        happened = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
+        if phase == "idle":
+            kind = StreamError if is_stream else BadResponseError
+            return kind(happened, advice=billed, retryable=is_safe)
+        if phase == "connect":
+            billed = _CHECK_NETWORK
+        return APIConnectionError(happened, advice=billed, phase=phase, retryable=is_safe)
 
 
-# ---- assembly: events -> chunks -> completion; pure, and the only room that adds deltas up -------
+# ---- server-sent events: blocks -> lines -> events -----------------------------------------------
+# The rules are those of the WHATWG standard. This section knows neither JSON nor the gateway.
 
-_GROWING = frozenset(  # texts that come in pieces; id, type and model are whole, often again
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Split at LF, CR and CRLF. A byte order mark may stand before the first line."""
+    unfinished = bytearray()
+    is_first = True
+    after_cr = False
+    # Two line ends at the end of the data finish a last line and a last event.
+    for block in itertools.chain(blocks, [b"\n\n"]):
+        if after_cr and block.startswith(b"\n"):
+            block = block[1:]  # the second half of a CRLF
+        after_cr = block.endswith(b"\r")
+        unfinished += block
+        if b"\n" in block or b"\r" in block:
+            lines = bytes(unfinished).splitlines()  # splits bytes at these three line ends only
+            unfinished.clear()
+            if not block.endswith((b"\n", b"\r")):
+                unfinished += lines.pop()
+            if is_first and lines[0].startswith(b"\xef\xbb\xbf"):
+                lines[0] = lines[0][3:]
+            is_first = False
+            yield from lines
+        if len(unfinished) > _EVENT_LIMIT:
+            raise StreamError(f"sent a line longer than {_EVENT_LIMIT >> 20} MiB")
+
+
+def _events(lines: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
+    """Yield (name, data) of each event that has data.
+
+    Lines that do not belong to an event, such as a proxy's error page in the middle of a stream,
+    are yielded as (None, text).
+    """
+    name = ""
+    data: list[str] = []
+    other: list[str] = []
+    size = 0
+    for line in lines:
+        if line:
+            size += len(line) + _LINE_OVERHEAD
+            if size > _EVENT_LIMIT:
+                raise StreamError(f"sent an event longer than {_EVENT_LIMIT >> 20} MiB")
+            text = line.decode("utf-8", "replace")
+            field, _, value = text.partition(":")
+            if value[:1] == " ":
+                value = value[1:]
+            if field == "data":
+                data.append(value)
+            elif field == "event":
+                name = value.strip()
+            elif field == "error":  # not in the standard, but llama.cpp sends it
+                name = field
+                data.append(value)
+            elif field not in ("", "id", "retry"):
+                other.append(text)
+            continue
+        if data:
+            yield name, "\n".join(data)
+        elif other:
+            yield None, "\n".join(other)
+        name = ""
+        data = []
+        other = []
+        size = 0
+
+
+# ---- streams: events -> chunks -> completion -----------------------------------------------------
+# Chunks are merged as they arrive. The completion is built when somebody looks at it.
+
+_PARTIAL_FIELDS = ("choices", "usage", "lowrouter")  # what an error event says of the answer
+#: Texts that arrive in pieces. Other strings, such as ids and names, arrive whole.
+_TEXT_FIELDS = frozenset(
     "content reasoning reasoning_content thinking refusal arguments input data transcript".split()
 )
 
 
-def _parts(before: Any, value: Any) -> list[Any]:
-    """The other shape of a content: a list of parts, thoughts say, which later texts join."""
-    parts = _as(list, before)
+def _join_surrogates(text: str) -> str:
+    """Join the halves of surrogate pairs, which JSON can escape one by one."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def _copy(value: Any, depth: int = _MAX_DEPTH) -> Any:
+    """A copy of merged data as plain JSON, which does not change any more."""
+    if isinstance(value, bytearray):
+        return _join_surrogates(value.decode("utf-8", "surrogatepass"))
+    if isinstance(value, dict) and depth:
+        # list() is atomic, and another thread may be adding a chunk.
+        return {name: _copy(item, depth - 1) for name, item in list(value.items())}
+    if isinstance(value, list) and depth:
+        return [_copy(item, depth - 1) for item in value]
+    return value
+
+
+def _grow(before: Any, value: Any) -> Any:
+    """Append a text or a list to what came before. Servers mix texts and lists of parts."""
+    if isinstance(value, str):
+        value = bytearray(value, "utf-8", "surrogatepass")
+        if not isinstance(before, list) or not before:
+            return value
+        last = _dict_or_empty(before[-1])
+        if isinstance(last.get("text"), bytearray):
+            last["text"] += value
+            return before
+        value = [{"type": "text", "text": value}]
     if isinstance(before, bytearray):
-        parts = [{"type": "text", "text": before}]
-    if isinstance(value, list):
-        parts += value
-    elif isinstance(_as(dict, parts[-1]).get("text"), bytearray):
-        parts[-1]["text"] += value.encode("utf-8", "surrogatepass")
-    else:
-        parts.append({"type": "text", "text": bytearray(value, "utf-8", "surrogatepass")})
-    return parts
+        before = [{"type": "text", "text": before}]
+    if isinstance(before, list) and before:
+        before += value
+        return before
+    return list(value)  # a new list, because the chunk's is not ours to change
 
 
-def _tool_call(calls: list[Json], piece: Json) -> Json:
-    """The call to which a piece belongs: that of its index, else of its id, else the last one."""
-    key = "id" if piece.get("index") is None else "index"
+def _find_tool_call(calls: list[Json], piece: Json) -> Json:
+    """The tool call to which a piece belongs. Servers differ in how they tell."""
+    index = piece.get("index")
+    call_id = piece.get("id")
+    name = _dict_or_empty(piece.get("function")).get("name")
     for call in reversed(calls):
-        if call.get(key) == piece.get(key) or piece.get(key) in (None, ""):
+        function = _dict_or_empty(call.get("function"))
+        if index is not None:
+            found = call.get("index") == index
+            if call_id and name and call.get("id") not in (None, call_id):
+                found = False  # several servers give all calls the same index
+        elif call_id:
+            found = call.get("id") == call_id
+        else:  # the last call goes on, unless the piece has the name of the next one
+            is_whole = isinstance(_json_or_text(_copy(function.get("arguments", ""))), dict)
+            found = not name or (name == function.get("name") and not is_whole)
+            if not found:
+                break
+        if found:
             return call
     calls.append({})
     return calls[-1]
 
 
-def _merge(kept: Json, piece: Json, depth: int = 3) -> None:  # choice, delta, call, function
-    """Add a delta: texts, lists and objects grow, of other values the last one counts."""
+def _merge(target: Json, piece: Json, depth: int = _MAX_DEPTH) -> None:
+    """Add a delta: texts, lists and objects grow; of other values the last one counts."""
     for name, value in piece.items():
+        before = target.get(name)
         if not value:
-            kept[name] = value if kept.get(name) is None else kept[name]
-            continue
-        before = kept.get(name) or None  # not an empty list, which is the chunk's, not ours
-        if isinstance(before, bytearray) and isinstance(value, str):
+            target.setdefault(name, value)  # an empty value never erases what came before
+        elif isinstance(before, bytearray) and isinstance(value, str):
             before += value.encode("utf-8", "surrogatepass")  # a str would be copied each time
+        elif isinstance(value, str) and name in _TEXT_FIELDS:
+            target[name] = _grow(before, value)
+        elif isinstance(value, list) and name == "tool_calls" and depth:
+            target[name] = _dicts(before)
+            for call in _dicts(value):
+                _merge(_find_tool_call(target[name], call), call, depth - 1)
+        elif isinstance(value, list):
+            target[name] = _grow(before, value)
         elif isinstance(value, dict) and depth:
-            kept[name] = _as(dict, before)
-            _merge(kept[name], value, depth - 1)
-        elif isinstance(before, dict):
-            continue  # odd, and no reason to forget what came
-        elif name == "tool_calls" and isinstance(value, list) and depth:
-            calls = kept[name] = _as(list, before)
-            for call in [each for each in value if isinstance(each, dict)]:
-                _merge(_tool_call(calls, call), call, depth - 1)
-        elif isinstance(value, list) or (isinstance(before, list) and isinstance(value, str)):
-            kept[name] = _parts(before, value)
-        elif isinstance(value, str) and name in _GROWING:
-            kept[name] = bytearray(value, "utf-8", "surrogatepass")
-        elif not isinstance(before, (bytearray, list)):
-            kept[name] = value
+            target[name] = dict(_dict_or_empty(before))
+            _merge(target[name], value, depth - 1)
+        elif not isinstance(before, (bytearray, list, dict)) or not before:
+            target[name] = value
 
 
-def _plain(value: Any, depth: int = 9) -> Any:
-    """What `_merge` has put together, as plain data that does not change any more."""
-    if isinstance(value, bytearray):
-        return value.decode("utf-8", "surrogatepass")
-    if isinstance(value, dict) and depth:
-        return {name: _plain(each, depth - 1) for name, each in list(value.items())}
-    if isinstance(value, list) and depth:
-        return [_plain(each, depth - 1) for each in value]
-    return value
+def _unstreamed(message: Json, whole: Json) -> Json:
+    """What a message with the whole answer so far has beyond the deltas that came before."""
+    rest = {}
+    for name, value in whole.items():
+        before = _copy(message.get(name))
+        if isinstance(value, str) and isinstance(before, str):
+            rest[name] = value[len(before) :]
+        elif not before:
+            rest[name] = value
+    return rest
 
 
-class _Assembly:
-    """Puts the chunks of a stream together into the completion that chat() would have given."""
-
-    def __init__(self, headers: http.client.HTTPMessage) -> None:
-        self.headers = headers
-        self.fields: Json = {}  # what is said of the answer as a whole
-        begun = Completion()
-        begun.headers = headers
-        self.routed = {n: getattr(begun, n) for n in _ROUTED if getattr(begun, n)}
-        self.choices: dict[int, Json] = {}
-        self.whole: Completion | None = None  # when the gateway did not stream at all
-        self.done = False  # whether the gateway said that this was all
-        self.failed: Any = None  # the class, the arguments and the details of an error
-
-    def add(self, chunk: _Answer) -> None:
-        for name, value in chunk.items():
-            if value or name not in self.fields:  # an empty word does not replace what was said
-                self.fields[name] = value
-        if "lowrouter" in chunk:
-            block = _as(dict, chunk["lowrouter"])
-            self.routed.update({n: v for n, v in block.items() if v or n not in self.routed})
-        for position, choice in enumerate(_as(list, chunk.get("choices"))):
-            if isinstance(choice, dict):
-                index = choice.get("index")
-                index = index if isinstance(index, int) else position
-                if index not in self.choices:
-                    self.choices[index] = {"delta": {"role": "assistant"}}
-                _merge(self.choices[index], choice)
-
-    def complete(self) -> bool:
-        """Whether nothing of the answer can be missing, except usage and eco."""
-        reasons = [choice.get("finish_reason") for choice in list(self.choices.values())]
-        return self.done or self.whole is not None or (bool(reasons) and all(reasons))
-
-    def refuse(self) -> None:
-        """Raise what has ended the stream: each time anew, since a traceback holds its callers."""
-        if self.failed:
-            kind, args, details = self.failed
-            raise kind(*args, **details)
-
-    def completion(self) -> Completion:
-        """The answer as far as it has come, {} before the first chunk; nobody else's to change."""
-        completion, choices = Completion(_plain(self.whole or self.fields)), []
-        completion.headers = self.headers
-        for index, kept in sorted(self.choices.items()):
-            choice = _plain(kept)
-            message = {**choice.pop("delta"), **_as(dict, choice.get("message"))}
-            choices.append({**choice, "index": index, "message": message})
-        if self.fields:
-            completion.pop("error", None)  # which is in the exception
-            completion.update({"object": "chat.completion", "choices": choices})
-            if self.routed:
-                completion["lowrouter"] = _plain(self.routed)
-        return completion
+def _is_finished(choice: Json) -> bool:
+    """Whether a choice has a real finish reason; some servers send a placeholder before it."""
+    reason = str(choice.get("finish_reason") or "").strip().lower()
+    return reason not in ("", "null", "none", "error")
 
 
-def _failed_part(answer: Json) -> Json | None:
-    """What tells that an answer failed: an error in it or in a choice, or "error" as a reason."""
-    choices = [_as(dict, choice) for choice in _as(list, answer.get("choices"))]
-    for each in (answer, *choices):
-        if _is_error(each):
-            return each
-    return answer if "error" in [choice.get("finish_reason") for choice in choices] else None
-
-
-def _chunks(events: Iterable[tuple[str, str]], assembly: _Assembly) -> Iterator[Chunk]:
-    """Yield a chunk for each event until [DONE]; an error in the stream is raised."""
-    for event, data in events:
-        try:
-            value = _loads(data)
-        except ValueError:
-            value = data.strip()
-        if value == "[DONE]":
-            assembly.done = True
-            return
-        if event == "error":
-            raise _refusal(StreamError, "failed in the stream", value)
-        if isinstance(value, dict):
-            chunk = Chunk(value)
-            chunk.headers = assembly.headers
-            failed = _failed_part(chunk) if '"error"' in data else None
-            if not failed or chunk.get("choices"):
-                assembly.add(chunk)
-            elif assembly.fields:
-                assembly.add(Chunk({k: chunk[k] for k in ("usage", "lowrouter") if k in chunk}))
-            if failed:
-                raise _refusal(StreamError, "failed in the stream", failed)
-            yield chunk
-        elif value and event in ("", "message"):  # other events are not for us [assumption]
-            raise StreamError("sent an event that was cut, or is no JSON object", body=data)
-
-
-# ---- model cache: all that the library writes to disk; a bad cache is a miss, never an error -----
-
-
-class _ModelCache:
-    """The model list of each key as JSON text: in memory, and in a file where a folder is set."""
-
-    def __init__(self, folder: Any, base_url: str) -> None:
-        self.folder, self.base_url = os.fsdecode(folder) if folder else "", base_url
-        self.texts: dict[str, str] = {}
-
-    def path(self, key: str) -> str:
-        """Named by digests, since the key itself is written nowhere."""
-        owners = (self.base_url.encode("utf-8"), key.encode("ascii"))
-        names = [hashlib.sha256(each).hexdigest()[-16:] for each in owners]
-        return os.path.join(self.folder, "models-{}-{}.json".format(*names))
-
-    def read(self, key: str) -> tuple[float, list[Json]]:
-        """Its age in seconds by the wall clock and a copy of the list; a miss is infinitely old."""
-        path = self.path(key)
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
-            if self.folder and path not in self.texts:
-                with open(path, encoding="utf-8") as file:
-                    self.texts[path] = file.read(_ANSWER_LIMIT)
-            record = _loads(self.texts[path])
-            age = time.time() - record["saved"]
-            if age >= 0 and _are_dicts(record["models"]):
-                return age, record["models"]
-        return float("inf"), []
-
-    def write(self, key: str, listed: list[Json]) -> None:
-        path = self.path(key)
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            text = self.texts[path] = json.dumps({"saved": time.time(), "models": listed})
-            if not self.folder or json.dumps(key)[1:-1] in text:
-                return
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=self.folder)  # with mode 0600
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                os.replace(draft, path)
-            except OSError:
-                os.unlink(draft)
-
-
-# ---- client: how an answer is read, whole or as a stream; then the two classes of the user -------
-
-
-def _checked(call: _Call, data: Any) -> Completion:
-    """The data as an answer; one that names another route than the pinned one is an error."""
-    answer = Completion(_as(dict, data))
+def _parse_completion(call: _Call) -> Completion:
+    answer = Completion(_dict_or_empty(call.read_json()))
     answer.headers = call.response.headers
-    for name, pin in call.pins.items():
-        got, wanted = getattr(answer, name), str(pin).strip().lower()
-        if isinstance(got, str) and got.strip().lower() not in ("", wanted):
-            what = f"answered from {name} {got}, not from {pin}"
-            whole = answer if "choices" in answer else None
-            raise call.failure(RouteMismatchError(what), whole)
+    failed = _failed_part(answer)
+    if failed or not isinstance(answer.get("choices"), list):
+        happened = "reported an error" if failed else "sent no chat completion"
+        partial = answer if "choices" in answer else None
+        body = failed or call.excerpt()
+        raise _error_from_body(BadResponseError, happened, body, completion=partial)
+    call.verify_route(answer, is_complete=True)
     return answer
 
 
-def _whole(call: _Call) -> Completion:
-    """The completion that comes as one JSON object."""
-    completion = _checked(call, call.json())
-    if not isinstance(completion.get("choices"), list):
-        raise _refusal(BadResponseError, "sent no chat completion", completion)
-    failed = _failed_part(completion)
-    if failed:
-        raise _refusal(BadResponseError, "failed in its answer", failed, completion=completion)
-    return completion
-
-
-def _pieces(call: _Call, assembly: _Assembly) -> Iterator[Chunk]:
-    """The chunks of an answer, by the byte it begins with; of one that is no stream, all of it."""
-    blocks, kind = iter(call.read, b""), call.response.headers.get_content_type()
-    first = start = b""
-    for block in blocks:
-        first += block
-        start = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if start or len(first) > _BLOCK:
-            break
-    # of data, event, id, retry or a comment, whatever type a proxy has made of it
-    streams = start in (b"d", b"e", b"i", b"r", b":")
-    if kind == "text/event-stream":
-        streams = start not in (b"{", b"<")
-    if streams:
-        yield from _chunks(_events(itertools.chain([first], blocks)), assembly)
-    else:
-        call.received += first
-        assembly.whole = _whole(call)
-        chunk = Chunk(assembly.whole)
-        chunk.headers = assembly.headers
-        yield chunk
-
-
-def _read_stream(call: _Call, assembly: _Assembly) -> Generator[Chunk, None, None]:
-    """Read a stream to its end: a whole answer, or an error with what has come."""
-    try:
-        for chunk in _pieces(call, assembly):
-            if "lowrouter" in chunk:
-                _checked(call, chunk)
-            yield chunk
-            call.clock.enter("idle")  # as of the next wait: the caller's own time is no silence
-        if assembly.done:
-            call.within(_SETTLE_SECONDS, call.read)  # keep the connection if the body ends now
-        else:
-            raise StreamError("ended the stream before the answer")
-    except _EXPECTED as cause:
-        error = call.failure(cause, assembly.completion())
-        lost = isinstance(error, (StreamError, APITimeoutError))
-        lost = lost and error.message is None  # by the road: the gateway has said nothing
-        if not call.abandoned and not (lost and assembly.complete()):
-            assembly.failed = error.__reduce__()
-    except (Exception, KeyboardInterrupt, SystemExit):  # of a handler of signals
-        call.close()
-        raise
-    call.close()
-    assembly.refuse()
-
-
 class Stream:
-    """The chunks of one answer as they come: an iterator and a context manager.
+    """The chunks of one answer as they arrive: an iterator and a context manager.
 
-    Iterating raises `BadResponseError`, `APITimeoutError` or `RouteMismatchError`, each with what
-    has come as `completion`. A stream closed early, also by another thread, ends quietly.
+    Iterating raises `StreamError`, `BadResponseError`, `APITimeoutError` or `RouteMismatchError`,
+    with the partial answer as `completion`. A stream that is closed early, also by another thread,
+    ends without an error.
     """
 
     def __init__(self, call: _Call) -> None:
-        _checked(call, {})  # whose headers name the route before the first text
-        call.streams = True
-        self._call, self._assembly = call, _Assembly(call.response.headers)
-        self._chunks = _read_stream(call, self._assembly)
-        if call.response.headers.get_content_type() != "text/event-stream":
-            first = list(itertools.islice(self._chunks, 1))  # an error, most likely
-            self._chunks = (chunk for part in (first, self._chunks) for chunk in part)
+        from threading import Lock
+
+        self._call = call
+        self._headers = call.response.headers
+        self._events = _events(_lines(iter(call.response.read_block, b"")))
+        self._fields: Json = {}  # of the answer, but for its choices
+        self._choices: dict[int, Json] = {}
+        self._is_done = False  # the server said that this was all
+        self._is_over = False  # nothing more is read
+        self._half_character = ""
+        self._other_text = ""  # lines that belong to no event
+        self._first: Chunk | None = None
+        self._error: LowRouterError | None = None
+        self._reading = Lock()
+        self._process = os.getpid()
+        call.verify_route(self.completion, is_complete=False)  # by the headers
+        if self._headers.get_content_type() != "text/event-stream":
+            self._first = self._read_chunk()  # an error, most likely
 
     @property
     def completion(self) -> Completion:
-        """What has been put together so far, in the type that `chat()` returns."""
-        return self._assembly.completion()
+        """What has arrived so far, as `chat()` would return it; {} before the first chunk."""
+        answer = Completion(_copy(self._fields))
+        answer.headers = self._headers
+        answer.pop("error", None)  # it is in the exception
+        if not self._choices:
+            return answer
+        for name in ("generation_id", "provider", "region"):  # they may come from the headers
+            if getattr(answer, name):
+                answer.setdefault("lowrouter", {})[name] = getattr(answer, name)
+        choices = _copy(self._choices)
+        answer["object"] = "chat.completion"
+        answer["choices"] = [choices[index] for index in sorted(choices)]
+        for choice in answer["choices"]:
+            for call in _dicts(choice["message"].get("tool_calls")):
+                call.pop("index", None)  # strict servers refuse it when the message is sent back
+        return answer
 
     @property
-    def generation_id(self) -> Any:
-        """What `generation()` looks up; known before the first chunk, from the response headers."""
+    def generation_id(self) -> str | None:
+        """The id that `generation()` looks up; known before the first chunk [docs]."""
         return self.completion.generation_id
 
     def result(self) -> Completion:
-        """Read to the end and return the whole answer; raises as iterating does, or when closed."""
-        for _ in self:
-            pass
-        self._assembly.refuse()
-        if not self._assembly.complete():
-            what = "gave no whole answer: the stream was closed before its end"
-            raise self._call.failure(StreamError(what), self.completion)
+        """Read to the end and return the complete answer.
+
+        It raises what iterating raises, and a `StreamError` if the stream was closed early.
+        """
+        collections.deque(self, maxlen=0)  # reads to the end, and keeps nothing
+        if not self._is_complete():
+            error = StreamError("did not send a complete answer: the stream was closed early")
+            raise self._call.public_error(error, self.completion)
         return self.completion
 
     def close(self) -> None:
-        """Stop reading; a thread that waits in the iteration is woken and ends it."""
-        self._call.abandon()
-        with contextlib.suppress(ValueError):  # that thread is amid it, and hangs up
-            self._chunks.close()
+        """Stop reading. A thread that waits for the next chunk wakes up and ends its loop."""
+        if self._process != os.getpid():
+            return  # the connection belongs to the parent process
+        self._is_over = True
+        if self._reading.acquire(blocking=False):
             self._call.close()
+            self._reading.release()
+        else:
+            self._call.response.interrupt()  # the thread that is reading will hang up
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        if self._process != os.getpid():
+            raise StreamError("a forked process cannot read a stream that its parent opened")
+        with self._reading:
+            chunk = self._first
+            self._first = None
+            try:
+                if chunk is None and not self._is_over:
+                    chunk = self._read_chunk()
+            except (*_NETWORK_ERRORS, LowRouterError) as cause:
+                if not self._is_over:  # otherwise another thread closed it
+                    self._error = self._call.public_error(cause, self.completion)
+            finally:
+                if chunk is None:
+                    self._is_over = True
+                    self._call.close()
+        if chunk is not None:
+            return chunk
+        if self._error is None:
+            raise StopIteration
+        # A new error each time: the traceback of one would grow, and hold all its callers.
+        raise type(self._error)(*self._error.args, **vars(self._error))
 
     def __enter__(self) -> Stream:
         return self
@@ -1349,12 +1554,175 @@ class Stream:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _read_chunk(self) -> Chunk | None:
+        """Read the next chunk, or None at the end of a complete answer from the pinned route."""
+        try:
+            for name, data in self._events:
+                self._call.clock.start("idle")
+                if data.startswith("[DONE]"):
+                    self._is_done = True
+                    break
+                chunk = self._parse_event(name, data)
+                if chunk is not None:
+                    return chunk
+        except (*_NETWORK_ERRORS, BadResponseError):
+            if not self._is_complete():
+                raise  # otherwise it does not matter what came after the answer
+        if not self._is_complete():
+            happened = "ended the stream before the answer was complete"
+            raise _error_from_body(StreamError, happened, self._other_text)
+        if self._call.pins:
+            self._call.verify_route(self.completion, is_complete=True)
+        self._call.drain()
+        return None
+
+    def _parse_event(self, name: str | None, data: str) -> Chunk | None:
+        """The chunk of an event, None if it has none. An error in it is raised."""
+        value = _json_or_text(data)
+        is_object = isinstance(value, dict) and name != "error"
+        failed = None
+        if is_object:
+            if "error" in data or ("choices" not in value and name in (None, "", "message")):
+                failed = _failed_part(value)
+        elif name in ("", "message", "error") or data.lstrip().startswith(("<", "[")):
+            failed = value
+        if name is None and not failed:
+            if "choices" not in _dict_or_empty(value):
+                self._other_text = data  # perhaps the reason for an early end
+                return None
+            self._is_done = True  # JSON instead of a stream is a complete answer
+        if failed:
+            self._raise_failure(name, value, failed)
+        if not is_object:
+            return None
+        chunk = Chunk(value)
+        chunk.headers = self._headers
+        chunk.added_text = self._add(value)
+        if self._call.pins:
+            self._call.verify_route(chunk, is_complete=False)
+        return chunk
+
+    def _raise_failure(self, name: str | None, value: Any, failed: Any) -> NoReturn:
+        """Raise the error of an event, after what it says of the answer was added."""
+        part = {n: v for n, v in _dict_or_empty(value).items() if n in _PARTIAL_FIELDS}
+        if self._choices or "choices" in part:
+            self._add(part)
+        kind: type[LowRouterError] = StreamError
+        if name is None and not self._choices:
+            kind = BadResponseError
+        happened = "reported an error in the stream"
+        if not isinstance(value, dict) and name != "error":
+            happened = "sent an event that is not a JSON object"
+        raise _error_from_body(kind, happened, failed, completion=self.completion)
+
+    def _add(self, chunk: Json) -> str:
+        """Add a chunk to the answer, and return the text that it adds to choice 0."""
+        text = self._half_character
+        fields = self._fields
+        for name, value in chunk.items():
+            if name == "choices":
+                for position, choice in enumerate(_list_or_empty(value)):
+                    text += self._add_choice(position, choice)
+            elif name == "lowrouter":
+                _merge(fields.setdefault(name, {}), _dict_or_empty(value))
+            elif value or name not in fields:
+                fields[name] = value
+        if text.isascii():
+            return text
+        self._half_character = ""
+        if "\ud800" <= text[-1:] <= "\udbff":  # half of a character goes with the next chunk
+            self._half_character = text[-1]
+            text = text[:-1]
+        return _join_surrogates(text)
+
+    def _add_choice(self, position: int, choice: Any) -> str:
+        """Add what a chunk says of one choice; return the text that it adds to choice 0."""
+        if not isinstance(choice, dict):
+            return ""
+        index = choice.get("index")
+        if not isinstance(index, int):
+            index = position
+        kept = self._choices.get(index)
+        if kept is None:
+            kept = {"index": index, "message": {"role": "assistant"}}
+            self._choices[index] = kept
+        message = kept["message"]
+        delta = _dict_or_empty(choice.get("delta"))
+        _merge(message, delta)
+        text = _text_of(delta.get("content"))
+        if "message" in choice:
+            rest = _unstreamed(message, _dict_or_empty(choice["message"]))
+            _merge(message, rest)
+            text += _text_of(rest.get("content"))
+        for name, value in choice.items():
+            if name in ("index", "delta", "message"):
+                continue
+            if not value:
+                kept.setdefault(name, value)
+            elif name != "finish_reason" or not _is_finished(kept):
+                _merge(kept, {name: value})
+        return text if index == 0 else ""
+
+    def _is_complete(self) -> bool:
+        """Whether nothing of the answer can be missing, except usage and eco numbers."""
+        choices = list(self._choices.values())
+        if self._is_done and choices:
+            return True
+        return len(choices) >= self._call.choices_requested and all(map(_is_finished, choices))
+
+
+# ---- client: settings, and the connections that they lead to -------------------------------------
+# What users call. Everything above is private, except for the answers, the errors and `Stream`.
+
+
+def _parse_models(call: _Call) -> list[dict[str, Any]]:
+    """The models, in an envelope or as a bare list [assumption]."""
+    data = call.read_json()
+    listed = _dict_or_empty(data).get("data", data)
+    models = _dicts(listed)
+    if models != listed:
+        raise BadResponseError("sent no list of models", body=data)
+    return models
+
+
+def _parse_record(call: _Call) -> dict[str, Any]:
+    """A generation record, bare or in an envelope [assumption]."""
+    record = _dict_or_empty(call.read_json())
+    if "generation_id" not in record:
+        record = _dict_or_empty(record.get("data")) or record
+    if not record:
+        raise BadResponseError("sent no record of this generation")
+    return record
+
+
+def _parse_any(call: _Call) -> Any:
+    data = call.read_json()
+    answer = Completion(_dict_or_empty(data))
+    answer.headers = call.response.headers
+    call.verify_route(answer, is_complete=False)
+    return data
+
 
 class Client:
-    """Settings, and the warm connections to one gateway, for any number of threads.
+    """A client of one gateway, for any number of threads; a fork goes on with its own connections.
 
-    `timeout` bounds, in seconds, connecting (10 at most), the wait for an answer and each silence
-    in it; `deadline` bounds a whole call. Settings that cannot be used raise `ConfigError`.
+    api_key: the key, or else LOWROUTER_API_KEY, or else the file LOWROUTER_API_KEY_FILE, which
+        is read again for each call.
+    base_url: the URL without the path of an endpoint, or else LOWROUTER_BASE_URL.
+    model, route: defaults of `chat()` and `stream()`.
+    verify_route: whether an answer must name the pinned region and provider.
+    timeout: seconds for connecting (10 at most), for the response to begin, and for each silence
+        in it.
+    deadline: seconds for a whole call with its retries; None for no limit.
+    max_retries: how often a request is sent again where that cannot be billed twice.
+    on_retry: called as on_retry(error, seconds) before each wait. The time that it takes counts
+        as part of the wait. What it raises ends the call.
+    headers: more headers for every request.
+    ca_file: a file or folder of trusted CA certificates, or else those of SSL_CERT_FILE and
+        SSL_CERT_DIR, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, or the system.
+    allow_http: whether plain http may go to other machines, which exposes the key.
+
+    Settings that cannot be used raise `ConfigError`.
     """
 
     def __init__(
@@ -1363,37 +1731,48 @@ class Client:
         *,
         base_url: str | None = None,
         model: str = _MODEL,
-        route: Json | None = None,
+        route: dict[str, Any] | None = None,
+        verify_route: bool = True,
         timeout: float = _TIMEOUT,
         deadline: float | None = None,
         max_retries: int = 2,
+        on_retry: Callable[[LowRouterError, float], object] | None = None,
         headers: dict[str, str] | None = None,
         ca_file: str | os.PathLike[str] | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
         allow_http: bool = False,
     ) -> None:
-        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
-            raise ConfigError(f"max_retries must be a whole number from 0 up, not {max_retries!r}")
         self._key = _Key(api_key)
-        del api_key  # a traceback may show locals
-        url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
-        self._gateway = _Gateway(url, allow_http, ca_file)
-        self._key.current()
-        self._model, self._route, self._headers = model, route, _checked_headers(headers or {})
-        self._timeout, self._deadline, self._ca_file = timeout, deadline, ca_file
-        _Clock(timeout, deadline)  # which checks both
-        directory = cache_dir or os.environ.get("LOWROUTER_CACHE_DIR")
-        self._cache = _ModelCache(directory, self._gateway.url)
-        self._pool, self._max_retries = _Pool(self._gateway), max_retries
+        del api_key  # a traceback may show local variables
+        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+            raise ConfigError(f"max_retries must be an integer from 0 up, not {max_retries!r}")
+        base_url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
+        self._endpoint = _Endpoint(base_url, allow_http, ca_file)
+        self._key.current()  # raises if there is none
+        if route is not None:
+            _check_route(route)
+        self._defaults = {"model": model, "route": route}
+        self._verify_route = verify_route
+        self._timeout = _seconds("timeout", timeout, 0)
+        self._deadline = _seconds("deadline", _LONGEST_WAIT if deadline is None else deadline)
+        self._max_retries = max_retries
+        self._on_retry = on_retry
+        self._headers = _checked_headers(headers or {})
+        self._ca_file = ca_file
+        self._handler = _Handler(self._endpoint)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(self._handler)
+        self._models: dict[int, tuple[float, list[Json]]] = {}  # by key
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_model"):
-            return "Client(...)"  # amid its making, in a traceback that shows locals
-        key = "..." + (self._key.value[-4:] if len(self._key.value) > 8 else "")
-        return f"Client({key!r}, base_url={self._gateway.url!r}, model={self._model!r})"
+        if not hasattr(self, "_models"):
+            return "Client(...)"  # a traceback shows it before __init__ has ended
+        key = self._key.value
+        shown = "..." + key[-4:] if len(key) > 8 else "..."
+        model = self._defaults["model"]
+        return f"Client({shown!r}, base_url={self._endpoint.url!r}, model={model!r})"
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a Client holds sockets: do not pickle it, make one where it is used")
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Client holds connections: make one where it is used, do not pickle it")
 
     def __enter__(self) -> Client:
         return self
@@ -1402,215 +1781,329 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Hang up the kept connections; streams that are under way go on."""
-        self._pool.close()
+        """Close the idle connections. Streams that are still open go on."""
+        self._handler.pool.close()
 
-    def _call(self, method: str, path: str, body: Any = None, options: Json | None = None) -> _Call:
-        given = {name: value for name, value in (options or {}).items() if value is not None}
-        clock = _Clock(given.get("timeout", self._timeout), given.get("deadline", self._deadline))
-        key, data = self._key.current(), b"" if body is None else _json_bytes(body)
-        call = _Call(self._pool, clock, key, method, path, data, self._headers)
-        call.pins, call.max_retries = _pins(_as(dict, body), self._headers), self._max_retries
+    def _new_call(
+        self, method: str, path: str, body: Any = None, timeout: Any = None, deadline: Any = None
+    ) -> _Call:
+        timeout = self._timeout if timeout is None else timeout
+        deadline = self._deadline if deadline is None else deadline
+        clock = _Clock(_seconds("timeout", timeout, 0), _seconds("deadline", deadline))
+        data = b"" if body is None else _json_bytes(body)
+        call = _Call(self._endpoint, self._key.current(), method, path, data, clock)
+        headers = {"Host": self._endpoint.netloc, "Accept-Encoding": "identity"}
+        headers["User-Agent"] = "lowrouter/{} Python/{}.{}".format(__version__, *sys.version_info)
+        if data:
+            headers["Content-Type"] = "application/json"  # [docs]
+        if data or method != "GET":
+            headers["Content-Length"] = str(len(data))
+        call.headers.update(headers, **self._headers)
+        # OpenerDirector shows `headers` to audit hooks, but not these.
+        call.add_unredirected_header("Authorization", "Bearer " + call.key)  # [docs]
         return call
 
-    def _chat_call(self, messages: Any, streams: bool, options: Json) -> _Call:
-        body = _chat_body(messages, streams, self._model, self._route, options)
-        return self._call("POST", "/chat/completions", body, options)  # [seed]
+    def _pin(self, call: _Call, body: Any) -> None:
+        call.pins = _route_pins(body, self._headers)
+        call.verifies_pins = self._verify_route
 
-    def chat(self, /, messages: str | list[Json], **options: Any) -> Completion:
-        """Ask, and return the whole answer; raises a `LowRouterError`.
+    def _run(self, call: _Call, parse: Callable[[_Call], T]) -> T:
+        return call.run(self._opener, parse, self._max_retries, self._on_retry)
 
-        `model`, `route` (pins `region` and `provider` [seed]), `timeout` and `deadline` (seconds)
-        are as in `Client`; every other keyword is a field of the JSON body, such as `temperature`.
+    def _chat(self, messages: Any, streams: bool, options: Json, parse: Callable[[_Call], T]) -> T:
+        limits = [options.pop("timeout", None), options.pop("deadline", None)]
+        body = _chat_body(messages, streams, self._defaults, options)
+        call = self._new_call("POST", "/chat/completions", body, *limits)  # [docs]
+        self._pin(call, body)
+        if isinstance(body.get("n"), int):
+            call.choices_requested = body["n"]
+        return self._run(call, parse)
+
+    def chat(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+        """Send messages and return the complete answer. The function `chat` has the details."""
+        return self._chat(messages, False, options, _parse_completion)
+
+    def stream(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+        """Send messages and return a `Stream`. The function `stream` has the details."""
+        return self._chat(messages, True, options, Stream)
+
+    def curl(
+        self, /, messages: str | list[dict[str, Any]], stream: bool = False, **options: Any
+    ) -> str:
+        """Return the curl command that sends what `chat()` or `stream()` would send.
+
+        The command takes the key from the environment. Raises what these raise before they send.
         """
-        return self._chat_call(messages, False, options).send(_whole)
-
-    def stream(self, /, messages: str | list[Json], **options: Any) -> Stream:
-        """Ask as `chat()` does, raising a refusal, and return the chunks as they come."""
-        return self._chat_call(messages, True, options).send(Stream)
-
-    def curl(self, /, messages: str | list[Json], stream: bool = False, **options: Any) -> str:
-        """Return the curl command that sends what `chat()` or `stream()` would send."""
-        body = _chat_body(messages, stream, self._model, self._route, options)
-        authority = "--capath" if self._gateway.ca_path else "--cacert"
-        flags = ["-N"] * bool(stream) + [authority, str(self._ca_file)] * bool(self._ca_file)
-        url, key_file = self._gateway.url + "/chat/completions", bool(self._key.file)
-        return _curl_command(url, body, self._headers, flags, key_file)
+        options.pop("timeout", None)
+        options.pop("deadline", None)
+        body = _chat_body(messages, stream, self._defaults, options)
+        flags = []
+        if stream:
+            flags.append("-N")
+        if self._ca_file:
+            option = "--capath" if os.path.isdir(self._ca_file) else "--cacert"
+            flags += [option, str(self._ca_file)]
+        key = "$LOWROUTER_API_KEY"
+        if self._key.path:
+            key = '$(cat "$LOWROUTER_API_KEY_FILE")'
+        url = self._endpoint.url + "/chat/completions"
+        return _curl_command(url, body, self._headers, flags, key)
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
-        """Send any request to the gateway; return its JSON, None for an empty answer."""
-        if not isinstance(path, str) or not re.fullmatch("[A-Za-z]+", _as(str, method)):
-            raise ConfigError(f"request() takes 'GET', '/providers', not {method!r}, {path!r}")
-        safe = "/?%:@!$&'()*+,;=~"  # what stands in a path and its query as it is
-        path = "/" + urllib.parse.quote(path.lstrip("/"), safe=safe, errors="surrogatepass")
-        call = self._call(method.upper(), path, body)
-        data = call.send(_Call.json)
-        _checked(call, data)  # if it names its route, that is the pinned one
-        return data
+        """Send any other request: a method, a path below the base URL, and a body as JSON.
 
-    def models(self, refresh: bool = False) -> list[Json]:
-        """Return the routable models [seed], kept for an hour; only their `id` is sure.
-
-        When the gateway cannot be reached, an older list is returned with a warning.
+        Returns the JSON of the response, None for an empty one. Raises as `chat()` does.
         """
-        call = self._call("GET", "/models")  # [seed]
-        age, kept = self._cache.read(call.key)
-        if age <= _CACHE_SECONDS and not refresh:
-            return kept
+        if not isinstance(path, str):
+            raise ConfigError(f"the path must be a string such as '/providers', not {path!r}")
+        if not isinstance(method, str) or not re.fullmatch("[A-Za-z]+", method):
+            raise ConfigError(f"the method must be a word such as 'GET', not {method!r}")
+        safe = "/?%:@!$&'()*+,;=~"  # what may stand in a path and a query
+        path = "/" + urllib.parse.quote(path.lstrip("/"), safe=safe, errors="surrogatepass")
+        call = self._new_call(method.upper(), path, body)
+        self._pin(call, body)
+        return self._run(call, _parse_any)
+
+    def models(self, refresh: bool = False) -> list[dict[str, Any]]:
+        """Return the routable models [docs], kept for an hour; only the field `id` is sure.
+
+        When the gateway cannot be reached, an older list is returned with a warning. Raises as
+        `chat()` does.
+        """
+        return self._list_models(refresh)
+
+    def _list_models(self, refresh: bool) -> list[dict[str, Any]]:
+        key = hash(self._key.current())  # a traceback may show local variables
+        saved_at, listed = self._models.get(key, (0.0, []))
+        age = time.time() - saved_at
+        if saved_at and not refresh and 0 <= age < _MODELS_SECONDS:
+            return list(_copy(listed))
         try:
-            data = call.send(_Call.json)
+            listed = self._run(self._new_call("GET", "/models"), _parse_models)  # [docs]
         except APIConnectionError as error:
-            if not kept:
+            if not saved_at:
                 raise
-            warnings.warn(f"using the models of {age / 60:.0f} minutes ago: {error}", stacklevel=2)
-            return kept
-        listed = _as(dict, data).get("data", data)  # in an envelope or as it is [assumption]
-        if not _are_dicts(listed):
-            raise call.failure(BadResponseError("sent no list of models", body=data))
-        self._cache.write(call.key, listed)
-        return list(listed)
+            message = f"using the list of models from {age / 60:.0f} minutes ago: {error}"
+            warnings.warn(message, stacklevel=3)  # in the code that called models()
+        else:
+            self._models[key] = (time.time(), listed)
+        return list(_copy(listed))
 
-    def generation(self, generation_id: str, wait: float = 0.0) -> Json:
-        """Return the record of an answer [seed]: tokens, cost, eco numbers, routing trace.
+    def generation(self, generation_id: str, wait: float = 0.0) -> dict[str, Any]:
+        """Return the record of an answer: tokens, cost, eco numbers and routing trace [docs].
 
-        For `wait` seconds one that is not written yet is asked for again; then `NotFoundError`.
+        A record that is not written yet is requested again for `wait` seconds. Then it raises
+        `NotFoundError`; otherwise it raises as `chat()` does.
         """
         if not isinstance(generation_id, str) or generation_id in ("", ".", ".."):
-            raise ConfigError(f"a generation id is a text such as gen_01J9, not {generation_id!r}")
-        segment = urllib.parse.quote(generation_id, safe="", errors="surrogatepass")  # it is opaque
-        call = self._call("GET", "/generation/" + segment)
+            raise ConfigError(f"an id is a string such as gen_01J9, not {generation_id!r}")
+        segment = urllib.parse.quote(generation_id, safe="", errors="surrogatepass")
+        call = self._new_call("GET", "/generation/" + segment)  # [docs]
         end = time.monotonic() + _seconds("wait", wait)
         while True:
             try:
-                record = _as(dict, call.send(_Call.json))
-                break
+                return self._run(call, _parse_record)
             except NotFoundError:
-                left = end - time.monotonic()
-                if left <= 0 or not call.clock.pause(min(left, _POLL_SECONDS)):
+                pause = min(_POLL_SECONDS, end - time.monotonic())
+                if pause <= 0 or not call.clock.has_time_for(pause):
                     raise
-        record = record if "generation_id" in record else _as(dict, record.get("data")) or record
-        if not record:
-            raise call.failure(BadResponseError(f"sent no record of {generation_id}"))
-        return record
+            time.sleep(pause)
 
 
-# ---- functions: one client for the whole program, made at the first call -------------------------
+# ---- functions: one client for the whole program -------------------------------------------------
+# It is made at the first call, and again when one of its environment variables has changed.
 
-# REQUEST_METHOD tells CGI, where HTTP_PROXY may be a stranger's header and is not used
-_VARIABLES = """LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL LOWROUTER_CACHE_DIR
-HTTPS_PROXY https_proxy HTTP_PROXY http_proxy NO_PROXY no_proxy REQUEST_METHOD
-SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE""".split()
-
-
-@functools.lru_cache(maxsize=1)  # what is under way keeps the last one until it ends
-def _made_for(*environment: int) -> Client:
-    """By hashes, since a traceback may show the arguments."""
-    return Client()
+_VARIABLES = (
+    "LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL HTTPS_PROXY https_proxy NO_PROXY "
+    "no_proxy SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE"
+).split()
+_shared: tuple[int, Client] | None = None
 
 
-def _client(**options: Any) -> Client:
-    """The shared client, made anew when a variable of the environment has changed."""
-    _check_names(options)
-    return _made_for(*map(hash, map(os.environ.get, _VARIABLES)))
+def _shared_client() -> Client:
+    global _shared
+    # A hash, because the values contain the key, and a traceback may show local variables.
+    environment = hash(tuple(os.environ.get(name) for name in _VARIABLES))
+    if _shared is None or _shared[0] != environment:
+        _shared = (environment, Client())
+    return _shared[1]
 
 
-def chat(messages: str | list[Json], **options: Any) -> Completion:
-    """Ask, and return the whole answer: `Client.chat` of the shared client."""
-    return _client(**options).chat(messages, **options)
+def chat(messages: str | list[dict[str, Any]], **options: Any) -> Completion:
+    """Send messages and return the complete answer.
+
+    messages: the text of one user message, or a list of OpenAI's message dicts.
+    model: such as "openai/gpt-4o-mini"; "lowrouter/auto" by default.
+    route: such as {"region": "eu-west", "provider": "openai"}, which are pins; also `fallback`
+        and `prefer_low_carbon` [docs].
+    timeout: seconds for connecting (10 at most), the response, and each silence in it; 600.
+    deadline: seconds for the whole call with its retries; None for no limit.
+    Every other keyword is a field of the JSON body, such as temperature, max_tokens or tools.
+
+    Raises `ConfigError` before anything is sent; `APIConnectionError` and `APITimeoutError` for
+    the network; `APIStatusError` and its subclasses by status; `BadResponseError`; and
+    `RouteMismatchError` if a pin was not kept. All of them are `LowRouterError`s.
+    """
+    _check_option_names(options)
+    return _shared_client().chat(messages, **options)
 
 
-def stream(messages: str | list[Json], **options: Any) -> Stream:
-    """Ask, and return the chunks as they come: `Client.stream` of the shared client."""
-    return _client(**options).stream(messages, **options)
+def stream(messages: str | list[dict[str, Any]], **options: Any) -> Stream:
+    """Send messages and return a `Stream`: iterate over it, best in a `with` block.
+
+    It takes the options of `chat()`, and raises the same errors before the first chunk. Usage is
+    requested too, unless `stream_options` says otherwise; None leaves that field out.
+    """
+    _check_option_names(options)
+    return _shared_client().stream(messages, **options)
 
 
-def curl(messages: str | list[Json], stream: bool = False, **options: Any) -> str:
-    """Return the curl command of a call: `Client.curl` of the shared client."""
-    return _client(**options).curl(messages, stream, **options)
+def curl(messages: str | list[dict[str, Any]], stream: bool = False, **options: Any) -> str:
+    """Return the curl command of a call, for a POSIX shell; it does not contain the key.
+
+    It takes the options of `chat()`, and raises `ConfigError` for those that cannot be sent.
+    """
+    _check_option_names(options)
+    return _shared_client().curl(messages, stream, **options)
 
 
 def request(method: str, path: str, body: Any = None) -> Any:
-    """Send any request below the base URL: `Client.request` of the shared client."""
-    return _client().request(method, path, body)
+    """Send any other request, such as request("GET", "/providers"), and return its JSON.
+
+    An empty response is None. It raises as `chat()` does.
+    """
+    return _shared_client().request(method, path, body)
 
 
-def models(refresh: bool = False) -> list[Json]:
-    """Return the routable models: `Client.models` of the shared client."""
-    return _client().models(refresh)
+def models(refresh: bool = False) -> list[dict[str, Any]]:
+    """Return the routable models as dicts, of which only `id` is sure; kept for an hour.
+
+    refresh: request the list again. It raises as `chat()` does.
+    """
+    return _shared_client()._list_models(refresh)
 
 
-def generation(generation_id: str, wait: float = 0.0) -> Json:
-    """Return the record of an answer: `Client.generation` of the shared client."""
-    return _client().generation(generation_id, wait)
+def generation(generation_id: str, wait: float = 0.0) -> dict[str, Any]:
+    """Return the record of an answer: tokens, cost, eco numbers and routing trace.
+
+    wait: seconds for which a record that is not written yet is requested again. Raises
+    `NotFoundError` after that, and otherwise as `chat()` does.
+    """
+    return _shared_client().generation(generation_id, wait)
 
 
-# ---- command line: calls what is public; the only room that prints ----------------------------
+# ---- command line: uses public names of the library only -----------------------------------------
+# The only section that prints and opens files. The library ends above.
 
-_EXAMPLES = """\
-  lowrouter chat "In one sentence, what is a vector database?"
-  git diff | lowrouter chat --region eu-west -p temperature=0 "Review this."
-  lowrouter models eu-west
-  lowrouter models --json | jq -r '.[].id'
-  lowrouter generation gen_01J9
-  lowrouter generation --wait 10 --json "$id"
-  lowrouter batch in.jsonl out.jsonl --workers 16
-  lowrouter batch in.jsonl "out-$I.jsonl" --shard "$I/4"
-  lowrouter get /providers
-  lowrouter get /credits
-""".splitlines()
-_CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # characters that a terminal obeys
-_UNITS = {"energy_wh": "Wh", "carbon_g": "gCO2e", "latency_ms": "ms", "cost_credits": "credits"}
-_COLUMNS = "context|pric|cost|region|capabilit|vision|_use$|_output$|^eco|band"  # of the models
-_CELL = 12  # characters that a cell keeps on a narrow terminal: of most names enough to tell
-_TOTALS = {"total_tokens": "tokens", "cost": "cost", "energy_wh": "Wh", "carbon_g": "gCO2e"}
-_DRAFT = ".lowrouter"  # behind the name of OUT while it is rewritten
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 0.0)  # seconds after the tries of a line; 0.0: give up
-# refusals that all other lines would get, too, unless they pass or are of a line's own route
-_FATAL = (AuthenticationError, InsufficientCreditsError, RateLimitError, NoProviderError)
-_KEPT = "what was written is kept: once it can be, the same command goes on"
-_NO_STREAM = {"stream": None, "stream_options": None}  # a line of OUT is a whole answer
-_PATIENCE = 5.0  # seconds that Ctrl-C leaves to what is under way: who waits longer presses again
+__all__ += ["main"]
+
+_STDIN_NOTICE_SECONDS = 2.0  # longer than any pipe that has data takes to begin
+_SHUTDOWN_SECONDS = 4.0  # that Ctrl-C leaves to the requests of a batch that are under way
+_RESUME = "run the same command again to resume"
+_CUT_OFF = "cut off by their token limit"
 
 
-def _put(text: str, stream: Any = None) -> None:
-    """Write at once; what a terminal shows must not steer it."""
+def _write(text: str, stream: Any = None) -> None:
+    """Write text at once, to standard output by default; a terminal shows control characters."""
     stream = stream or sys.stdout
     if stream.isatty():
-        text = re.sub(_CONTROL, lambda match: f"\\u{ord(match[0]):04x}", text)  # also for JSON
+        control = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # characters that could steer the terminal
+        text = re.sub(control, lambda match: f"\\u{ord(match[0]):04x}", text)
+    stream.write(text)
+    stream.flush()
+
+
+def _note(line: str) -> None:
+    """Write a line to standard error. A full disk there is no reason to lose an answer."""
+    with contextlib.suppress(OSError):
+        _write(f"{line}\n", sys.stderr)
+
+
+def _write_json(value: Any) -> None:
+    """Write indented JSON, for people and programs."""
+    _write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _read_stdin(deadline: Any) -> Any:
+    """Read standard input in a thread, because it may be silent for ever."""
+    from concurrent.futures import ThreadPoolExecutor, wait
+    from threading import Timer
+
+    reading = ThreadPoolExecutor(1).submit(sys.stdin.buffer.read)
+    text = "lowrouter: waiting for the end of standard input; close it with </dev/null"
+    notice = Timer(_STDIN_NOTICE_SECONDS, _note, [text])
+    notice.start()
+    wait([reading], deadline)
+    notice.cancel()
+    if not reading.done():
+        raise APITimeoutError("standard input did not end before the deadline")
+    with contextlib.suppress(OSError):
+        return reading.result()
+    return b""  # under nohup it cannot be read
+
+
+def _read(path: str, deadline: Any = None) -> str:
+    """The text of a file, or of standard input if the path is "-"."""
+    if path == "-":
+        data = _read_stdin(deadline)
+    else:
+        with open(path, "rb") as file:
+            data = file.read()
+    if re.search(rb"\A(\xff\xfe|\xfe\xff)|\0", data):
+        raise ConfigError(f"{path}: this is not UTF-8 text (perhaps UTF-16); convert it to UTF-8")
     try:
-        stream.write(text)
-        stream.flush()
-    except OSError:
-        if stream is not sys.stderr:  # what is told beside the answer may get lost
-            raise
+        return str(data, "utf-8-sig")
+    except UnicodeDecodeError:
+        _note(f"lowrouter: {path}: bytes that are not UTF-8 were replaced")
+        return str(data, "utf-8-sig", "replace")
 
 
-def _dumped(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+def _utf8(argument: str) -> str:
+    """An argument as UTF-8, whatever the locale made of it."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _parsed(text: str | bytes) -> Any:
-    """What JSON says; anything else as it is."""
+def _text_or_file(argument: str) -> str:
+    """The value of an argument, or the text of the file for @FILE."""
+    if argument.startswith("@"):
+        return _read(argument[1:])
+    return _utf8(argument)
+
+
+def _json_or_string(text: str) -> Any:
+    """What JSON says; any other text as it is."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
-def _cell(value: Any) -> str:
-    """Any JSON in one line, without its quotes and brackets."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_cell(each)}" for name, each in value.items())
-    if isinstance(value, list):
-        return " ".join(map(_cell, value))
-    text = value if isinstance(value, str) else json.dumps(value)
-    return "not given" if value is None else " ".join(text.split())
+def _numbers(answer: Completion) -> Json:
+    """The numbers that the gateway gave with an answer, by unit."""
+    facts = {**(answer.usage or {}), **(answer.eco or {})}
+    units = {"total_tokens": "tokens", "energy_wh": "Wh", "carbon_g": "g CO2e"}
+    numbers = {}
+    for name, unit in units.items():
+        number = facts.get(name)
+        if isinstance(number, (int, float)) and abs(number) < 1e15:  # neither infinite nor NaN
+            numbers[unit] = number
+    return numbers
+
+
+def _amounts(numbers: Json) -> str:
+    """Numbers before their units, in plain decimals, with a comma before each; no zeros."""
+    text = ""
+    for unit, number in numbers.items():
+        if number or unit == "answers":
+            text += f", {number:,.12f}".rstrip("0").rstrip(".") + f" {unit}"
+    return text
 
 
 def _exit_status(error: BaseException) -> int:
+    """The exit status for an error; the main help lists them."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, (ValueError, TypeError)) or getattr(error, "filename", None) is not None:
+    if isinstance(error, ConfigError) or getattr(error, "filename", None):
         return 2  # also a file that cannot be opened
     if not isinstance(error, LowRouterError):
         return 1
@@ -1618,424 +2111,665 @@ def _exit_status(error: BaseException) -> int:
         return 6
     if error.status in (401, 403):
         return 3
+    if error.status in (408, 409, 429, *range(500, 1000)):
+        return 5
     if error.status:
-        return 5 if error.status >= 500 or error.status in (408, 409, 429) else 4
+        return 4
     if error.completion and error.completion.text:
         return 8
-    return 7 if isinstance(error, (APIConnectionError, StreamError)) and not error.message else 1
+    if isinstance(error, (APIConnectionError, StreamError)) and not error.message:
+        return 7
+    return 1
 
 
-def _request(client: Client, args: Any) -> Json:
-    """The body of --body, overridden by -p, and both by the options that have a name."""
+def _new_client(args: Any, **settings: Any) -> Client:
+    """A client with the options that all commands have."""
+    return Client(
+        timeout=args.timeout,
+        deadline=args.deadline,
+        allow_http=args.allow_http,
+        verify_route=not args.no_verify_route,
+        **settings,
+    )
+
+
+# chat
+
+
+def _chat_fields(args: Any) -> Any:
+    """The fields of the request: --body, overridden by -p, and both by the other options."""
     body: Any = {}
-    if args.body == "-":
-        body = _parsed(getattr(sys.stdin, "buffer", sys.stdin).read())
-    elif args.body is not None:
-        with open(args.body, "rb") as file:
-            body = _parsed(file.read())
-    fields = [field.partition("=") for field in args.p]
-    if not isinstance(body, dict) or not all(name and equals for name, equals, _ in fields):
-        raise ConfigError("--body takes a file with a JSON object, -p takes KEY=JSON")
-    body.update({name: _parsed(value) for name, _, value in fields})
-    prompts = [] if args.prompt == "-" else [args.prompt]
-    if args.prompt == "-" or not sys.stdin.isatty():
-        with contextlib.suppress(OSError):  # below nohup it is no file to read
-            prompts.append(sys.stdin.read().rstrip("\r\n"))  # `echo` adds one
-    asked = "\n\n".join(filter(None, prompts)) or body.get("messages")
-    if not asked:
+    if args.body:
+        body = _json_or_string(_read(args.body, args.deadline))
+    if not isinstance(body, dict):
+        raise ConfigError(f"--body {args.body} does not contain a JSON object")
+    for field in args.param:
+        name, equals, value = field.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"-p takes KEY=VALUE, and {field!r} is not one")
+        body[name] = _json_or_string(_text_or_file(value))
+    body["stream"] = (body.get("stream") is not False and not args.no_stream) or None
+    if args.model:
+        body["model"] = _utf8(args.model)
+    for name in ("region", "provider"):
+        pin = getattr(args, name)
+        route = body.get("route") or {}
+        if pin and isinstance(route, dict):
+            body["route"] = {**route, name: _utf8(pin)}
+    prompt = _utf8(args.PROMPT or "")
+    if prompt == "-" or not sys.stdin.isatty():
+        piped = _read("-", args.deadline).rstrip("\r\n")
+        prompt = "\n\n".join(part for part in (prompt, piped) if part not in ("", "-"))
+    messages = prompt or body.get("messages")
+    if not messages:
         raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
-    body["messages"] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    pins = {"region": args.region, "provider": args.provider}
-    pins = {name: pin for name, pin in pins.items() if pin is not None}
-    if "" in (args.m, *pins.values()):
-        raise ConfigError("-m, --region and --provider take a name: is a variable empty?")
-    client.curl(**{**body, "stream": False})  # refuses what is no body
-    if args.s:
-        body["messages"] = [{"role": "system", "content": args.s}, *body["messages"]]
-    if pins:
-        body["route"] = {**(body.get("route") or {}), **pins}
-    return {**body, "model": args.m or body.get("model")}
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if args.system and isinstance(messages, list):
+        messages.insert(0, {"role": "system", "content": _text_or_file(args.system)})
+    body["messages"] = messages
+    return body
 
 
-def _chat(client: Client, args: Any) -> None:
-    """Print the text as it comes, also what came before an error, and then what it took."""
-    body, shown, failure = _request(client, args), 0, None
-    streams = body.pop("stream", None) is not False and not args.no_stream
-    if args.curl:
-        _put(client.curl(stream=streams, **body) + "\n")
-        return
+def _curl(client: Client, body: Json) -> str:
+    """The curl command of a request. A body that cannot be sent is a ConfigError."""
     try:
-        answer: Any = client.stream(**body) if streams else client.chat(**body)
-        for chunk in answer if streams and not args.json else ():
-            _put(chunk.text)
-            shown += len(chunk.text)
-        answer = answer.result() if streams else answer
+        return client.curl(**body)
+    except TypeError as error:  # it has an option of the client as a field
+        raise ConfigError(str(error)) from None
+
+
+def _send_chat(client: Client, body: Json, as_json: bool) -> Any:
+    """Print the text as it arrives, also what arrived before an error, and return the answer."""
+    printed = 0
+    answer: Any = None
+    try:
+        if not body["stream"]:
+            answer = client.chat(**body)
+            return answer
+        chunks = client.stream(**body)
+        for chunk in chunks:
+            if not as_json:
+                _write(chunk.text)
+                printed += len(chunk.text)
+        answer = chunks.result()
+        return answer
     except LowRouterError as error:
-        if _exit_status(error) != 8:
-            raise
-        answer, failure = error.completion, error
-    _put(_dumped(answer) if args.json else answer.text[shown:])
-    _put("\n" if sys.stdout.isatty() and not args.json else "")
-    if failure:
-        raise failure
-    if args.v or sys.stderr.isatty():
-        names = "generation_id model provider region finish_reason".split()
-        told = {name: getattr(answer, name) for name in names}
-        usage, eco = answer.usage or {}, answer.eco or {}
-        told.update({"tokens": usage.get("total_tokens"), "Wh": eco.get("energy_wh")})
-        told.update({"gCO2e": eco.get("carbon_g"), "accuracy": eco.get("accuracy")})
-        _put(_cell(told) + "\n", sys.stderr)
+        if printed or _exit_status(error) == 8:
+            answer = error.completion
+        raise
+    finally:
+        if answer and as_json:
+            _write_json(answer)
+        elif answer:
+            _write(answer.text[printed:])
+            if not answer.text.endswith("\n"):
+                _write("\n")
 
 
-def _table(models: list[Json], names: list[str]) -> Iterator[str]:
-    """These columns of the models, as wide as the terminal: the widest ones give way."""
+def _chat(args: Any) -> int:
+    """Send a prompt, and print the answer or the curl command."""
+    retries = itertools.count(1)
+
+    def on_retry(error: LowRouterError, seconds: float) -> None:
+        if args.verbose:
+            _note(f"lowrouter: retry {next(retries)} of 2 in {seconds:.1f} s: {error}")
+
+    client = _new_client(args, on_retry=on_retry)
+    body = _chat_fields(args)
+    command = _curl(client, body)
+    if args.curl:
+        _write(f"{command}\n")
+        return 0
+    answer = _send_chat(client, body, args.json)
+    if answer.finish_reason == "length":
+        _note("lowrouter: the answer was cut off by its token limit (finish_reason: length)")
+    if args.verbose or sys.stderr.isatty():
+        accuracy = (answer.eco or {}).get("accuracy")
+        text = f"{answer.model} via {answer.provider} in {answer.region}"
+        text += f"{_amounts(_numbers(answer))} ({accuracy}), {answer.generation_id}"
+        text = re.sub(r"(,| via| in)? \(?None\)?|^None", "", text)  # only what was given
+        _note(f"lowrouter: {text.strip() or 'answered'}")
+    return 0
+
+
+# models, generation, get
+
+
+def _cells(model: Json) -> Json:
+    """The fields of a model as text; an object in it has a cell for each of its fields."""
+    cells = {}
+    for name, value in model.items():
+        if not isinstance(value, dict):
+            value = {"": value}
+        for field, part in value.items():
+            text = re.sub(r'[][{}"]', "", json.dumps(part, ensure_ascii=False))
+            cells[f"{name}.{field}".strip(".")] = text.replace("\\n", " ")
+    return cells
+
+
+def _write_table(rows: list[Json]) -> None:
+    """Write the columns that fit the terminal; a pipe gets all of them."""
     from shutil import get_terminal_size
 
-    rows = sorted([_cell(model.get(name, "")) for name in names] for model in models)
-    rows = [[name.upper() for name in names], *rows] if rows else []
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    width = get_terminal_size((10000, 24)).columns  # into a pipe nothing is cut
-    while sum(widths) + 2 * len(widths) > width and max(widths[1:], default=0) > _CELL:
-        widths[widths.index(max(widths[1:]), 1)] -= 1  # not of an id, which is there to be copied
-    for row in rows:
-        cells = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(row, widths)]
-        line = "  ".join(cell.ljust(w) for cell, w in zip(cells, widths))
-        yield line[: max(width, widths[0])].rstrip() + "\n"
-
-
-def _models(client: Client, args: Any) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        models = client.models(args.refresh)
-    _put("".join(f"lowrouter: {each.message}\n" for each in caught), sys.stderr)
-    names = [name for model in models for name in model if re.search(_COLUMNS, name)]
-    names, word = ["id", *dict.fromkeys(names)], args.filter.lower()
-    models = [m for m in models if word in _cell([m.get(name, "") for name in names]).lower()]
-    _put(_dumped(models) if args.json else "".join(_table(models, names)))
-
-
-def _tree(value: Any, indent: str = "") -> Iterator[str]:
-    """Any JSON as indented lines, with the units that are documented."""
-    for name, each in value.items() if isinstance(value, dict) else [("-", each) for each in value]:
-        if each and isinstance(each, (dict, list)):
-            yield f"{indent}{name}\n"
-            yield from _tree(each, indent + "  ")
+    names = dict.fromkeys(name for row in rows for name in row)
+    first = "^id$|context|pric|region|cost"  # what users choose by
+    width = get_terminal_size((10_000, 24)).columns
+    lines = [""] * (len(rows) + 1)
+    left_out = 0
+    for name in sorted(names, key=lambda name: not re.search(first, name)):
+        column = [name, *(row.get(name, "") for row in rows)]
+        size = max(map(len, column))
+        if lines[0] and len(lines[0]) + size > width:
+            left_out += 1
         else:
-            yield f"{indent + name:<24} {_cell(each)} {_UNITS.get(name, '')}".rstrip() + "\n"
+            lines = [line + cell.ljust(size + 2) for line, cell in zip(lines, column)]
+    for line in [lines[0], *sorted(lines[1:])]:
+        _write(line.rstrip() + "\n")
+    if left_out:
+        _note(f"lowrouter: {left_out} columns do not fit; --json shows all")
 
 
-def _generation(client: Client, args: Any) -> None:
-    record = client.generation(args.id, args.wait)
-    shown = {**record, "eco": record.get("eco")}
-    _put(_dumped(record) if args.json else "".join(_tree(shown)))
+def _models(args: Any) -> None:
+    """Print the models that have the filter in one of their fields."""
+    word = _utf8(args.FILTER or "").lower()
+    listed = _new_client(args).models()
+    models = [model for model in listed if word in str(list(model.values())).lower()]
+    if not models:
+        raise LowRouterError("no model matches")
+    if args.json:
+        _write_json(models)
+    else:
+        _write_table(list(map(_cells, models)))
 
 
-def _get(client: Client, args: Any) -> None:
-    _put(_dumped(client.request("GET", args.path)))
+def _generation(args: Any) -> None:
+    _write_json(_new_client(args).generation(args.ID, args.wait))
 
 
-def _jobs(source: Iterable[bytes], client: Client) -> Iterator[tuple[int, str, Json]]:
-    """Line number, id and body of each request; at the end an error if some lines are none."""
-    lines: dict[str, int] = {}
-    problems = []
-    for number, line in filter(lambda each: each[1].strip(), enumerate(source, 1)):
-        job = _parsed(line)
-        job = job if isinstance(job, dict) else {"body": None}  # which is refused below
-        custom_id, body = job.pop("custom_id", f"line-{number}"), job.get("body", job)
+def _get(args: Any) -> None:
+    _write_json(_new_client(args).request("GET", args.PATH))
+
+
+# batch: OUT holds answers only, and only grows
+
+
+def _jobs(source: Any, client: Client) -> Iterator[Any]:
+    """The id and the body of each request; a bad line raises ConfigError."""
+    lines: Json = {}
+    source.seek(0)
+    for number, line in enumerate(source, 1):
+        if not line.strip():
+            continue
         try:
+            job = json.loads(line)
+            if not isinstance(job, dict):
+                raise ConfigError("it must be a JSON object")
+            custom_id = job.pop("custom_id", f"line-{number}")
+            body = job.get("body", job)
             if not isinstance(body, dict) or not isinstance(custom_id, str):
-                raise ConfigError("line and body are JSON objects, custom_id is a text")
-            client.curl(**{"messages": None, **body, "stream": False})  # refuses what is no body
-            if lines.setdefault(custom_id, number) != number:
-                raise ConfigError(f"its custom_id is that of line {lines[custom_id]}")
-            yield number, custom_id, body
-        except (LowRouterError, TypeError) as error:
-            problems.append(f"line {number} is no request: {error}")
-    if problems:
-        raise ConfigError("; ".join(problems[:9]) + f" ({len(problems)} bad lines, nothing sent)")
+                raise ConfigError("body must be a JSON object, and custom_id a string")
+            if custom_id in lines:
+                raise ConfigError(f"it has the same custom_id as line {lines[custom_id]}")
+            body = {"messages": None, **body, "stream": None, "stream_options": None}
+            _curl(client, body)
+        except (ValueError, RecursionError) as error:  # ConfigError is a ValueError too
+            raise ConfigError(f"line {number} of {source.name}: {error}") from None
+        lines[custom_id] = number
+        yield custom_id, body
 
 
-def _results(out: Any) -> Iterator[tuple[bytes, str, Any]]:
-    """Line, id and answer, None for a failure, of what is in OUT; a torn last line is mended."""
-    out.seek(0)
-    for line in filter(bytes.strip, out):
-        record, whole = _parsed(line), line.endswith(b"\n")
+def _count(answer: Completion, totals: Json) -> None:
+    """Add an answer to the totals of a batch."""
+    totals["answers"] += 1
+    totals[_CUT_OFF] += answer.finish_reason == "length"
+    for unit, number in _numbers(answer).items():
+        totals[unit] += number
+
+
+def _read_answers(file: Any, totals: Json) -> Any:
+    """Count the answers of earlier runs.
+
+    Returns their ids, and the size and the last byte of the file without a torn last line.
+    """
+    ids = set()
+    size = 0
+    end = b""
+    for line in file:
+        result = _json_or_string(line.decode("utf-8", "replace"))
         try:
-            answer = None if record["error"] else Completion(**record["response"]["body"])
-            custom_id = "" + record["custom_id"]  # a str, or it is not ours
-        except (TypeError, KeyError):
-            # what `_parsed` gives back as it is was no JSON: a line of ours that was torn
-            if whole or record is not line or not line.startswith(b'{"custom_id"'[: len(line)]):
-                raise ConfigError(f"{out.name} is no file that a batch has written") from None
-            out.truncate(out.tell() - len(line))
-            return
-        yield line, custom_id, answer
-        if not whole:
-            out.write(b"\n")
+            custom_id = result["custom_id"]
+            answer = result["error"] or result["response"]["body"]
+            is_result = isinstance(custom_id, str) and isinstance(answer, dict)
+        except (KeyError, TypeError):
+            is_result = False
+        if is_result:
+            size += len(line)
+            end = line[-1:]
+            if not result["error"]:
+                ids.add(custom_id)
+                _count(Completion(answer), totals)
+        elif line.endswith(b"\n") or not line.startswith(b'{"custom_id"'[: len(line)]):
+            raise ConfigError(f"{file.name} has a line that batch did not write")
+    return ids, size, end
 
 
-def _rewrite(out: Any) -> str:
-    """Rewrite OUT with one line per id; return its totals."""
-    last = {custom_id: number for number, (_, custom_id, _) in enumerate(_results(out))}
-    spent = []
-    with open(out.name + _DRAFT, "wb") as file:
-        for number, (line, custom_id, answer) in enumerate(_results(out)):
-            if last[custom_id] == number:
-                file.write(line)
-                told = answer and {**(answer.usage or {}), **(answer.eco or {})}
-                spent += [] if told is None else [[told.get(name) for name in _TOTALS]]
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, os.fstat(out.fileno()).st_mode & 0o777)
-    out.close()  # or Windows could not replace it
-    os.replace(file.name, out.name)
-    totals = f"{len(last)} requests, {len(last) - len(spent)} failed"
-    for name, column in zip(_TOTALS.values(), zip(*spent)):
-        given = [n for n in column if isinstance(n, (int, float)) and abs(n) < 1e15]  # no NaN
-        none = f" ({len(column) - len(given)} gave none)" if len(given) < len(column) else ""
-        totals += f", {sum(given):,.12g} {name}{none}"
-    return totals
+def _append(file: Any, result: Json) -> None:
+    """Write a result as a line, or nothing of it."""
+    line = json.dumps(result, ensure_ascii=False) + "\n"
+    data = line.encode("utf-8", "backslashreplace")
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[os.write(file.fileno(), data) :]
+    except OSError as error:
+        file.truncate(size)
+        raise OSError(f"{file.name} cannot be written ({error.strerror}); {_RESUME}") from None
 
 
-def _record(custom_id: str, outcome: Any) -> Json:
-    """The line of OUT for an answer or an error, in the shape of OpenAI's batches."""
-    headers, status = getattr(outcome, "headers", None) or {}, getattr(outcome, "status", 200)
-    code = getattr(outcome, "code", None) or type(outcome).__name__
-    response = {"status_code": status, "request_id": headers.get("X-Request-Id")}
-    response["body"] = getattr(outcome, "body", outcome)
-    error = {"code": code, "message": str(outcome)} if isinstance(outcome, Exception) else None
-    return {"custom_id": custom_id, "response": response if status else None, "error": error}
+def _lock(file: Any) -> None:
+    """Lock a file from its start. Closing any other handle of the file would unlock it."""
+    file.seek(0)
+    try:
+        os.lockf(file.fileno(), os.F_TLOCK, 0)
+    except BlockingIOError:
+        raise ConfigError(f"{file.name} is in use by another batch") from None
+    except (AttributeError, OSError):
+        pass  # Windows, or a file system without locks
+
+
+def _stops_batch(error: LowRouterError) -> bool:
+    """Whether every other request would fail as well."""
+    if isinstance(error, RouteMismatchError):  # a gateway that names no route
+        answer = error.completion or Completion()
+        return not answer.region and not answer.provider
+    if error.status in (401, 402, 429, 503):  # the last two if they ask for a long wait
+        return not error.retryable and not error.pinned
+    return error.phase == "connect" or (error.phase == "deadline" and error.retryable)
+
+
+def _show_progress(totals: Json, size: int) -> None:
+    """Write a line with a bar, which the next one overwrites."""
+    from shutil import get_terminal_size
+
+    if os.environ.get("TERM") == "dumb":
+        return
+    done = size - totals["not sent"]
+    bar = "#" * (10 * done // size)
+    text = f"[{bar:<10}] {done} of {size}, {totals['failed']} failed"
+    width = get_terminal_size().columns - 1
+    end = "\r" if done < size else "\n"
+    sys.stderr.write(f"{text:{width}.{width}}{end}")
+    sys.stderr.flush()
 
 
 class _Batch:
-    """Requests under way, and what has become of those before."""
+    """What the workers of a batch share."""
 
-    def __init__(self, client: Client, out: Any, total: int, quiet: bool) -> None:
-        from threading import Event
+    def __init__(self, args: Any) -> None:
+        from threading import Event, Lock
 
-        self.client, self.out, self.total, self.quiet = client, out, total, quiet
-        self.stop, self.done, self.failed, self.problem = Event(), 0, 0, ""
-        self.began = self.start = time.monotonic() - 0.001  # the past: a rate divides by it
+        self.args = args
+        self.client = _new_client(args, max_retries=5, on_retry=self.on_retry)
+        self.stopped = Event()
+        self.lock = Lock()
+        self.resume_at = 0.0  # no worker sends before that, because of a 429
+        self.first_error = ""
+        names = ["answers", "tokens", "Wh", "g CO2e", _CUT_OFF, "failed"]
+        self.totals: Json = dict.fromkeys(names, 0)
 
-    def ask(self, custom_id: str, body: Json) -> Json | None:
-        """Send a request and return its line for OUT; None when the batch was stopped before."""
-        pauses, done = iter(_PAUSES), self.done
-        while not self.stop.wait(max(0.0, self.start - time.monotonic())):
-            if self.start > time.monotonic():
-                continue  # meanwhile another line was told to wait longer
-            try:
-                return _record(custom_id, self.client.chat(**{**body, **_NO_STREAM}))
-            except LowRouterError as caught:
-                error = caught
-            if isinstance(error, RateLimitError) and self.done > done:
-                pauses, done = iter(_PAUSES), self.done  # others get through, so this one shall
-            pause = next(pauses)
-            wait = error.retry_after or pause
-            if isinstance(error, RateLimitError):  # the others have to wait, too
-                self.start = max(self.start, time.monotonic() + wait)
-            lost = error.retryable and error.phase in ("connect", "deadline") and not pause
-            if lost or (isinstance(error, _FATAL) and not (error.retryable or error.pinned)):
-                self.stop.set()
-            if not pause or not error.retryable or self.stop.wait(wait):
-                return _record(custom_id, error)
-        return None
+    def wait(self, until: float) -> None:
+        """Wait until then and until the end of a 429, unless the batch is stopped."""
+        while time.monotonic() < max(until, self.resume_at) and not self.stopped.is_set():
+            time.sleep(0.05)
 
-    def write(self, tasks: set[Any]) -> None:
-        """Append what has become of finished tasks."""
-        for record in filter(None, (task.result() for task in tasks)):
-            line = json.dumps(record, ensure_ascii=False) + "\n"
-            self.out.write(line.encode("utf-8", "backslashreplace"))
-            self.out.flush()
-            self.done, self.failed = self.done + 1, self.failed + (record["error"] is not None)
-            self.problem = self.problem or (record["error"] or {}).get("message", "")
-            if not self.quiet:
-                self.show()
+    def on_retry(self, error: LowRouterError, seconds: float) -> None:
+        """Wait instead of the library, so that a stop can end the wait and with it the call."""
+        until = time.monotonic() + seconds
+        if isinstance(error, RateLimitError):
+            self.resume_at = max(self.resume_at, until)
+        self.wait(until)
+        if self.stopped.is_set():
+            raise error
 
-    def show(self) -> None:
-        """Tell how far it is: by a bar on a terminal, elsewhere by a line for each tenth."""
-        from shutil import get_terminal_size
-
-        tenths, rate = 10 * self.done // self.total, self.done / (time.monotonic() - self.began)
-        left = (self.total - self.done) / rate
-        text = f"{self.done} of {self.total}, {self.failed} failed, {rate:.1f}/s, {left:.0f} s left"
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            width = get_terminal_size().columns - 1
-            bar, end = f"[{'#' * tenths:<10}] {text}"[:width], "\r" if left else "\n"
-            print(bar.ljust(width), end=end, file=sys.stderr, flush=True)
-        elif tenths > 10 * (self.done - 1) // self.total:
-            _put(text + "\n", sys.stderr)
-
-    def run(self, jobs: Iterator[tuple[int, str, Json]], workers: int) -> None:
-        """Keep the workers busy; after Ctrl-C they have some seconds for what is under way."""
-        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-
-        pool, jobs = ThreadPoolExecutor(workers), itertools.islice(jobs, self.total)
-        tasks = (pool.submit(self.ask, i, body) for _, i, body in jobs if not self.stop.is_set())
-        under_way: set[Any] = set()
+    def send(self, custom_id: str, body: Json) -> Json:
+        """Send a request and return its result, in the format of OpenAI's batches."""
+        error = None
+        status: Any = 200
         try:
-            under_way.update(itertools.islice(tasks, workers))
-            while under_way:
-                done = wait(under_way, return_when=FIRST_COMPLETED).done
-                self.write(done)
-                under_way -= done
-                under_way.update(itertools.islice(tasks, len(done)))
-        except (KeyboardInterrupt, ConfigError) as reason:
-            self.stop.set()
-            self.write(wait(under_way, _PATIENCE).done)
-            why = "IN has changed" if isinstance(reason, ConfigError) else "interrupted"
-            raise type(reason)(f"{why}; the same command goes on with the batch") from None
+            outcome: Any = self.client.chat(**body)
+            answer = outcome
+        except LowRouterError as failure:
+            outcome = failure
+            answer = failure.completion or failure.body
+            status = failure.status
+            error = {"code": failure.code or type(failure).__name__, "message": str(failure)}
+            if _stops_batch(failure):
+                self.stopped.set()
+        request_id = (outcome.headers or {}).get("X-Request-Id")
+        response: Any = {"status_code": status, "request_id": request_id, "body": answer}
+        if error and not outcome.status and not outcome.completion:
+            response = None
+        return {"custom_id": custom_id, "response": response, "error": error}
 
+    def save(self, result: Json, out: Any) -> None:
+        """Write a result, count it and show the progress."""
+        self.totals["not sent"] -= 1
+        if result["error"]:
+            with open(self.args.OUT + ".errors", "ab") as errors:
+                _append(errors, result)
+            self.totals["failed"] += 1
+            self.first_error = self.first_error or result["error"]["message"]
+        else:
+            _append(out, result)
+            _count(result["response"]["body"], self.totals)
 
-def _batch(client: Client, args: Any) -> int:
-    """Send what is not done yet; 9 when lines have failed."""
-    shard = re.fullmatch("([0-9]+)/([0-9]+)", args.shard)
-    part, parts = map(int, shard.groups() if shard else (0, 0))
-    if not 0 < part <= parts or not 1 <= args.workers <= 1000:
-        raise ConfigError("--shard takes I/N with I from 1 to N, --workers a number up to 1000")
-    with open(args.source, "rb") as source, open(os.path.realpath(args.out), "a+b") as out:
-        if not os.path.isfile(out.name) or os.path.samefile(source.name, out.name):
-            raise ConfigError("IN and OUT must be two regular files")
+    def work(self, jobs: Iterator[Any], out: Any, size: int) -> None:
+        """Send one request after the other until none is left or the batch is stopped."""
+        while True:
+            self.wait(0.0)
+            with self.lock:
+                job = next(jobs, None)
+            if not job or self.stopped.is_set():
+                return
+            result = self.send(*job)
+            with self.lock:
+                self.save(result, out)
+                if not self.args.quiet and sys.stderr.isatty():
+                    _show_progress(self.totals, size)
+
+    def run(self, *work: Any) -> None:
+        """Start the workers and wait. Ctrl-C leaves some seconds to requests under way."""
+        from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+        pool = ThreadPoolExecutor(self.args.workers)
+        tasks = [pool.submit(self.work, *work) for _ in range(self.args.workers)]
         try:
-            os.lockf(out.fileno(), os.F_TLOCK, 0)  # two runs would pay twice and lose lines
-        except BlockingIOError:
-            raise ConfigError(f"{out.name} is in use: each run and shard needs its own") from None
-        except (AttributeError, OSError):
-            pass  # Windows, and file systems without locks
-        last = {custom_id: answer is not None for _, custom_id, answer in _results(out)}
-        jobs = (job for job in _jobs(source, client) if (job[0] - part) % parts == 0)
-        todo = {custom_id for _, custom_id, _ in jobs if not last.get(custom_id)}
-        source.seek(0)
-        batch = _Batch(client, out, len(todo), args.q)
-        try:
-            batch.run((job for job in _jobs(source, client) if job[1] in todo), args.workers)
-            client.close()  # its descriptors may be the last ones
-            totals = _rewrite(out)
-        except OSError as error:
-            batch.stop.set()
-            with contextlib.suppress(OSError):
-                os.unlink(out.name + _DRAFT)
-            with contextlib.suppress(OSError):
-                out.close()  # which fails again, and then had the last word
-            raise OSError(f"{args.out} cannot be written ({error.strerror}); {_KEPT}") from None
-    hint = f", {len(todo) - batch.done} not sent; first: {batch.problem}; the same command retries"
-    _put(totals + hint * bool(batch.failed) + "\n", sys.stderr)
-    return 9 if batch.failed else 0
+            wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            self.stopped.set()
+            wait(tasks, _SHUTDOWN_SECONDS)
+        wait(tasks)
+        for task in tasks:
+            task.result()  # raises what ended a worker
 
 
-def _utf8(argument: str) -> str:
-    """An argument as UTF-8, whatever the locale made of it; names of files stay as they are."""
-    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _check_files(*paths: str) -> None:
+    """Refuse devices, and two names of one file."""
+    seen = []
+    for path in filter(os.path.exists, paths):
+        identity = os.stat(path)[1:3]
+        if identity in seen or not os.path.isfile(path):
+            raise ConfigError(f"{path}: IN, OUT and OUT.errors must be three regular files")
+        seen.append(identity)
 
 
-def _arguments(chat: Any, models: Any, generation: Any, batch: Any, get: Any) -> None:
-    """What each command takes."""
-    chat("prompt", nargs="?", default="", type=_utf8, help="a pipe goes below it, or in its place")
-    chat("-m", metavar="MODEL", type=_utf8, help="the model [lowrouter/auto]")
-    chat("-s", metavar="TEXT", type=_utf8, help="a system message")
-    chat("--region", metavar="R", type=_utf8, help="an answer from there, or none")
-    chat("--provider", metavar="P", type=_utf8, help="an answer from there, or none")
-    field = "a field of the body; bare words are strings"
-    chat("-p", metavar="KEY=JSON", type=_utf8, action="append", default=[], help=field)
-    chat("--body", metavar="FILE", help="a whole request, which other options override")
-    chat("--no-stream", action="store_true", help="wait for all of it")
-    chat("--curl", action="store_true", help="print the curl command instead")
-    chat("-v", action="store_true", help="route, tokens and eco numbers on stderr")
-    models("filter", nargs="?", default="", type=_utf8, help="only those with this in their row")
-    models("--refresh", action="store_true", help="ask again, even if the list is young")
-    generation("id", type=_utf8, help="route, tokens, cost and eco numbers of this answer")
-    generation("--wait", type=float, default=0.0, metavar="S", help="seconds, for one to come")
-    batch("source", metavar="IN", help="one request a line: {custom_id, body} or a body")
-    batch("out", metavar="OUT", help="the same command goes on, or retries what failed")
-    batch(
-        "--workers", type=int, default=8, metavar="N", help="[8]; a kill makes at most N go twice"
-    )
-    batch("--shard", default="1/1", metavar="I/N", help="line I of every N, for CI matrices")
-    batch("-q", action="store_true", help="no progress on stderr")
-    get("path", type=_utf8, help="such as /providers")
+def _batch(args: Any) -> int:
+    """Send the requests of IN that have no answer in OUT yet."""
+    shard = re.fullmatch("([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", args.shard)
+    if not shard or int(shard[1]) > int(shard[2]):
+        raise ConfigError(f"--shard takes I/N with I from 1 to N, not {args.shard!r}")
+    if not 1 <= args.workers <= 1000:
+        raise ConfigError(f"--workers takes a number from 1 to 1000, not {args.workers}")
+    failures = args.OUT + ".errors"
+    _check_files(args.IN, args.OUT, failures)
+    batch = _Batch(args)
+    totals = batch.totals
+    with open(args.IN, "rb") as source, contextlib.ExitStack() as stack:
+        ids = [custom_id for custom_id, _ in _jobs(source, batch.client)]
+        ids = ids[int(shard[1]) - 1 :: int(shard[2])]
+        with contextlib.suppress(FileNotFoundError), open(failures, "rb") as errors:
+            if _read_answers(errors, totals)[0]:
+                raise ConfigError(f"{failures} has answers: choose another OUT")
+        out = stack.enter_context(open(args.OUT, "a+b"))
+        _lock(out)
+        answered, size, end = _read_answers(out, totals)
+        out.truncate(size)
+        if end not in (b"", b"\n"):  # the last line is complete but for its end
+            os.write(out.fileno(), b"\n")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(failures)
+        todo = set(ids) - answered
+        totals["skipped"] = len(ids) - len(todo)
+        totals["not sent"] = len(todo)
+        totals["ids of OUT not in IN"] = len(answered - set(ids))
+        jobs = (job for job in _jobs(source, batch.client) if job[0] in todo)
+        batch.run(jobs, out, len(todo))
+    text = f"lowrouter: {args.OUT}: {_amounts(totals)[2:]}"
+    if batch.first_error:
+        text += f"; see {failures}; first error: {batch.first_error}; {_RESUME}"
+    _note(text)
+    return 9 if batch.first_error else 0
 
 
-def _parser() -> Any:
-    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+# the program
+
+
+_HELP = """\
+Send prompts to the LowRouter LLM gateway.
+
+first command:  lowrouter chat "In one sentence, what is a vector database?"
+the key:        LOWROUTER_API_KEY, or the file LOWROUTER_API_KEY_FILE; it begins
+                with lr-sk-
+
+commands:
+  chat          send a prompt and print the answer as it arrives
+  models        list the models that the gateway offers
+  generation    show the record of an answer: tokens, cost, energy, routing
+  batch         send the requests of a file; resume when it is run again
+  get           print the JSON of any other endpoint
+
+"lowrouter COMMAND --help" shows the options of a command, and
+"lowrouter --version" the versions of lowrouter and Python.
+
+exit statuses:
+  0 done                        5 try again later (408, 409, 429, 5xx)
+  1 another error               6 the pinned route was not available or not kept
+  2 usage or configuration      7 network, TLS or time
+  3 key refused (401, 403)      8 the answer was cut; its text is on stdout
+  4 request refused             9 some requests of a batch failed
+                              130 interrupted by Ctrl-C
+"""
+_COMMON_HELP = """\
+      --json               print JSON, also for errors (on stderr)
+      --timeout SECONDS    for connecting (10 at most), for the answer to begin,
+                           and for each silence in it (default 600)
+      --deadline SECONDS   for a whole call with its retries (default: no limit)
+      --allow-http         allow plain http to other machines
+"""
+_CHAT_HELP = f"""\
+usage: lowrouter chat [PROMPT] [options]
+
+Send a prompt and print the answer as it arrives. Text piped to stdin is
+appended to the prompt, or used as the prompt.
+
+  -m, --model NAME         the model (default lowrouter/auto)
+  -s, --system TEXT        a system message, or @FILE
+  -p, --param KEY=VALUE    a field of the request as JSON or text, or KEY=@FILE;
+                           may be repeated
+      --body FILE          a JSON file with the whole request (- for stdin);
+                           the other options override it
+      --region NAME        use only this region; fail if it is not available
+      --provider NAME      use only this provider; fail if it is not available
+      --no-verify-route    accept an answer that does not confirm these two
+      --no-stream          print the answer when it is complete
+      --curl               print the curl command instead of sending anything
+  -v, --verbose            show route, tokens, energy and retries on stderr
+{_COMMON_HELP}
+examples:
+  lowrouter chat -m openai/gpt-4o-mini -p temperature=0 "Say hello"
+  git diff | lowrouter chat --region eu-west -s @review.md "Review this change."
+"""
+_MODELS_HELP = f"""\
+usage: lowrouter models [FILTER] [options]
+
+List the models that the gateway offers, or those with FILTER in any field.
+
+{_COMMON_HELP}
+examples:
+  lowrouter models anthropic
+  lowrouter models --json > models.json
+"""
+_GENERATION_HELP = f"""\
+usage: lowrouter generation ID [options]
+
+Show the record of the answer with this generation id.
+
+      --wait SECONDS       for a record that is not written yet (default 0)
+{_COMMON_HELP}
+examples:
+  lowrouter generation gen_01J9
+  lowrouter generation --wait 10 "$id"
+"""
+_BATCH_HELP = f"""\
+usage: lowrouter batch IN OUT [options]
+
+Send the requests of IN and append the answers to OUT, in the format of OpenAI's
+batches. Run the same command again to resume: ids that have an answer in OUT
+are skipped, and what failed is sent again. Failures are in OUT.errors.
+
+Each line of IN is {{"custom_id": "...", "body": {{...}}}}, or just the body.
+
+      --workers N          number of parallel requests (default 8);
+                           after a kill, up to N requests may be sent twice
+      --shard I/N          send only every Nth request, from request I on
+      --no-verify-route    accept answers that do not confirm a pinned route
+  -q, --quiet              show no progress
+{_COMMON_HELP}
+examples:
+  lowrouter batch in.jsonl out.jsonl --workers 16
+  lowrouter batch in.jsonl "out-$I.jsonl" --shard "$I/4"
+"""
+_GET_HELP = f"""\
+usage: lowrouter get PATH [options]
+
+Print the JSON of any other endpoint.
+
+{_COMMON_HELP}
+examples:
+  lowrouter get /providers
+  lowrouter get /credits
+"""
+_COMMANDS = {
+    "chat": (_chat, _CHAT_HELP),
+    "models": (_models, _MODELS_HELP),
+    "generation": (_generation, _GENERATION_HELP),
+    "batch": (_batch, _BATCH_HELP),
+    "get": (_get, _GET_HELP),
+}
+_VALUES: Json = {  # how argparse parses the values that the help texts name; others are text
+    "": {"action": "store_true"},  # no value
+    "KEY=VALUE": {"action": "append", "default": []},
+    "SECONDS": {"type": float},
+    "N": {"type": int},
+    "[": {"nargs": "?"},
+}
+
+
+def _parse(text: str, words: list[str]) -> Any:
+    """Parse the words after a command by its help text, which is also the list of its options."""
+    import difflib
+    from argparse import ArgumentParser
 
     class Parser(ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            dash = ", and put -- before a prompt that begins with a dash"
-            raise ConfigError(f"{message}; see --help" + dash * ("unrecognized" in message))
+            raise ConfigError(message)
 
-    def command(run: Any, usage: str, what: str) -> Any:
-        name, usage = usage.split()[0], f"lowrouter {usage} [options]"
-        examples = "\n".join(line for line in _EXAMPLES if f"lowrouter {name} " in line)
-        parser = commands.add_parser(name, usage=usage, help=what, epilog=examples, **strict)
-        parser.set_defaults(run=run)
-        add: Any = parser.add_argument
-        silence = "seconds for connecting, the answer, a silence in it [600]"
-        add("--json", action="store_true", help="JSON on stdout, errors as JSON on stderr")
-        add("--timeout", type=float, default=_TIMEOUT, metavar="S", help=silence)
-        add("--deadline", type=float, metavar="S", help="seconds for a whole call")
-        add("--allow-http", action="store_true", help="plain http also to other machines")
-        return add
+        def print_help(self, file: Any = None) -> None:
+            _write(text)
 
-    strict: Any = {"allow_abbrev": False, "formatter_class": RawDescriptionHelpFormatter}
-    more = "The key is that of LOWROUTER_API_KEY(_FILE). COMMAND --help tells its options."
-    parser = Parser("lowrouter", epilog=more, **strict)
-    version = f"lowrouter {__version__} (Python {sys.version.split()[0]})"
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _arguments(
-        command(_chat, "chat [PROMPT]", "stream an answer"),
-        command(_models, "models [FILTER]", "list the models"),
-        command(_generation, "generation ID", "show the record of an answer"),
-        command(_batch, "batch IN OUT", "send the requests of a file"),
-        command(_get, "get PATH", "get any other path below the base URL"),
-    )
-    return parser
+    parser = Parser(allow_abbrev=False)
+    parser.set_defaults(timeout=600.0, wait=0.0, workers=8, shard="1/1", no_verify_route=False)
+    # The first line of the help has the arguments, as in "usage: lowrouter models [FILTER]".
+    for name in re.findall(r"\[?[A-Z]+\]?", text.split("\n")[0]):
+        parser.add_argument(name.strip("[]"), **_VALUES.get(name[0], {}))
+    # A line such as "  -m, --model NAME    the model" has the names of an option and its value.
+    for names, value in re.findall("(?m)^ +(-.*?) ?([A-Z/=]*)  ", text):
+        parser.add_argument(*names.split(", "), **_VALUES.get(value, {}))
+    args, unknown = parser.parse_known_args(words)
+    for name, value in vars(args).items():
+        if value == "":
+            raise ConfigError(f"--{name} is empty: is a variable of the shell not set?")
+    for word in unknown:
+        hint = "put the prompt in quotes, after -- if it begins with a dash"
+        known = re.findall("--[a-z-]+", text)
+        for similar in difflib.get_close_matches(word.split("=")[0], known, 1):
+            hint = f"did you mean {similar}?"
+        raise ConfigError(f"unexpected argument {word!r}: {hint}")
+    return args
 
 
-def _run(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = os.path.join(folder, "lowrouter") if os.path.isabs(folder) else None
-    cache = os.environ.get("LOWROUTER_CACHE_DIR") or cache
-    tries = 0 if args.run is _batch else 2  # of a batch all workers wait together
-    limits = {name: getattr(args, name) for name in ("timeout", "deadline", "allow_http")}
-    with Client(max_retries=tries, cache_dir=cache, **limits) as client:
-        return args.run(client, args) or 0
+def _run(words: list[str]) -> int:
+    """Run a command and return its exit status."""
+    name = "".join(words[:1])
+    if name in ("", "-h", "--help"):
+        _write(_HELP)
+        return 0 if name else 2
+    if name == "--version":
+        _write(f"lowrouter {__version__} (Python {sys.version.split()[0]})\n")
+        return 0
+    if name not in _COMMANDS:
+        raise ConfigError(f"there is no command {name!r}: see lowrouter --help")
+    command, text = _COMMANDS[name]
+    return command(_parse(text, words[1:])) or 0
+
+
+def _describe(error: BaseException, status: int, as_json: bool) -> str:
+    """An error as a line, as JSON, or as the traceback of a bug."""
+    text = " ".join(str(error).split())
+    if status == 130:
+        text = "interrupted; a batch resumes when the same command is run again"
+    elif status == 1 and not isinstance(error, (LowRouterError, OSError)):
+        import traceback
+
+        text = traceback.format_exc()
+    if not as_json:
+        return f"lowrouter: {text}"
+    names = ("status", "code", "generation_id", "request_id", "retry_after")
+    details = {name: getattr(error, name, None) for name in names}
+    details.update(type=type(error).__name__, message=text, exit=status)
+    return json.dumps({"error": details})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; without `argv`, end the program with it."""
-    import signal  # not amid a Ctrl-C
-
-    words = sys.argv[1:] if argv is None else argv
     for name in ("stdin", "stdout", "stderr"):
-        stream: Any = getattr(sys, name) or io.StringIO()  # it was closed
+        stream = getattr(sys, name) or io.TextIOWrapper(io.BytesIO())  # None if it is closed
         setattr(sys, name, stream)
-        errors = "replace" if name == "stdin" else "backslashreplace"
-        with contextlib.suppress(AttributeError, ValueError):  # a test's, or in use already
-            stream.reconfigure(encoding="utf-8", errors=errors, newline="\n", line_buffering=True)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    words = sys.argv[1:] if argv is None else argv
     try:
         status = _run(words)
-    except SystemExit:
-        status = 0  # --help
-    except BrokenPipeError:
-        status = 0  # the reader has had enough, so nothing is flushed to it at the end either
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
+    except (SystemExit, BrokenPipeError):  # after --help; or the reader has seen enough
+        status = 0
     except (Exception, KeyboardInterrupt) as error:
-        if argv is None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        status, text = _exit_status(error), " ".join(str(error).split())
-        text = text or ("interrupted" if status == 130 else type(error).__name__)
-        told = {"type": type(error).__name__, "message": text, "exit": status}
-        for name in ("status", "code", "generation_id", "request_id", "retry_after"):
-            told[name] = getattr(error, name, None)
-        line = json.dumps({"error": told}) if "--json" in words else f"lowrouter: {text}"
-        below = "\n" if status == 130 and sys.stderr.isatty() else ""  # what was being written
-        _put(f"{below}{line}\n", sys.stderr)
+        status = _exit_status(error)
+        _note(_describe(error, status, "--json" in words))
     if argv is None:
-        os._exit(status)  # the interpreter's own end would wait for what is under way, and flush
+        os._exit(status)  # the interpreter would wait for threads, and flush to a closed pipe
     return status
 
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# The MIT License
+#
+# Copyright (c) 2026 The lowrouter authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+# and associated documentation files (the "Software"), to deal in the Software without
+# restriction, including without limitation the rights to use, copy, modify, merge, publish,
+# distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+# Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+# BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
