@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 The lowrouter authors
-"""A client for the LowRouter gateway in one file: a complete answer or an error.
+"""A client for the LowRouter gateway in one file. A call returns a complete answer or raises.
 
     print(lowrouter.chat("In one sentence, what is a vector database?").text)
     with lowrouter.stream("Count to 5 slowly") as stream:
@@ -9,14 +9,15 @@
 
 Settings are arguments of `Client`, or else environment variables, where empty means unset:
 LOWROUTER_API_KEY, LOWROUTER_API_KEY_FILE, LOWROUTER_BASE_URL; HTTPS_PROXY, NO_PROXY;
-SSL_CERT_FILE, SSL_CERT_DIR, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE.
+SSL_CERT_FILE, SSL_CERT_DIR, REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE. Python's `ssl` also reads
+SSLKEYLOGFILE, which lets its owner decrypt the traffic.
 
-The sections stand in the order of the data, and each uses only what stands above it:
+The sections follow the data, and each one uses only names that are defined above it:
 
     messages -> body -> Request -> response -> blocks -> lines -> events -> Chunk, ... -> Completion
 
 The library ends where the banner says "command line". A reviewer who vendors only the library
-can stop reading there, and can delete the rest of the file.
+can stop reading there, and can delete everything from there to the licence.
 
 Facts about the gateway are marked [docs] if its documentation states them, and [assumption] if
 they follow the practice of OpenAI and OpenRouter.
@@ -43,7 +44,7 @@ import urllib.parse
 import urllib.request
 import warnings
 
-TYPE_CHECKING = False  # type checkers take it for true; importing typing would cost 3 ms
+TYPE_CHECKING = False  # type checkers treat it as True; importing typing would cost 3 ms
 if TYPE_CHECKING:
     from typing import Any, Callable, Iterable, Iterator, NoReturn, TypeVar
 
@@ -64,23 +65,23 @@ _MODEL = "lowrouter/auto"  # the gateway's default route [docs]
 _TIMEOUT = 600.0  # seconds; an answer that is not streamed can be silent for minutes
 _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs a fraction of it
 _ERROR_BODY_SECONDS = 5.0  # the status of an error says more than its body
-_DRAIN_SECONDS = 0.05  # for the end of the body after [DONE]; a new TLS connection costs as much
+_DRAIN_SECONDS = 0.05  # wait for the end of the body after [DONE]; a new connection costs as much
 _IDLE_SECONDS = 30.0  # load balancers drop idle connections after 60 s or more
 _KEEPALIVE_SECONDS = 60  # NAT gateways forget a silent connection after 240 s or more
-_LONGEST_WAIT = 1e6  # seconds, 11 days; poll() takes at most 2**31 milliseconds
+_LONGEST_WAIT = 1e6  # seconds (11 days), also for "no limit"; poll() takes 2**31 ms at most
 _RETRY_DELAY = 0.5  # seconds before the first retry; doubled for each further one [assumption]
 _LONGEST_RETRY_DELAY = 8.0  # seconds [assumption]
 _LONGEST_RETRY_AFTER = 60.0  # seconds; a longer wait is the caller's decision [assumption]
 _POLL_SECONDS = 0.5  # between two requests for a record that is not written yet [assumption]
 _MODELS_SECONDS = 3600.0  # the model list is stable within a user session [docs]
-_SHORTEST_KEY = 4  # characters; a shorter "key" is no secret, but occurs in ordinary words
-_SHORTEST_KEY_PART = 10  # characters; every key begins with the same `lr-sk-` [docs]
+_SHORTEST_KEY = 4  # characters; shorter keys would match ordinary words in messages
+_SHORTEST_KEY_PART = 10  # characters that are redacted; all keys begin with `lr-sk-` [docs]
 _BLOCK = 1 << 16  # bytes per read: four TLS records
 _SEND_BLOCK = 1 << 14  # bytes per send: one TLS record
 _ERROR_BODY_LIMIT = 1 << 16  # bytes
 _MESSAGE_LIMIT = 300  # characters quoted from a body in a message: a few lines of a terminal
 _EVENT_LIMIT = 1 << 24  # bytes of one event of a stream; an image in base64 fits
-_LINE_OVERHEAD = 50  # bytes that Python needs for a line, in addition to its length
+_LINE_OVERHEAD = 50  # bytes that a line takes in memory besides its characters
 _ANSWER_LIMIT = 1 << 26  # bytes of an answer that is not streamed
 _MAX_DEPTH = 50  # levels of JSON that are merged and copied; Python allows 1,000 nested calls
 
@@ -217,7 +218,7 @@ class Chunk(_Answer):
 
 
 class LowRouterError(Exception):
-    """The base of all errors. Every error pickles, and an attribute that is not known is None."""
+    """The base class of all errors. All can be pickled; attributes that do not apply are None."""
 
     #: The partial answer; None before the first chunk.
     completion: Completion | None = None
@@ -233,15 +234,15 @@ class LowRouterError(Exception):
     request_id: str | None = None
     #: Seconds, from the header `Retry-After`.
     retry_after: float | None = None
-    #: Whether a retry may help and cannot be billed twice.
+    #: Whether a retry may help. False if the answer may have been billed and lost.
     retryable: bool = False
     #: Of a 503: whether the route was pinned, which makes it final [docs].
     pinned: bool = False
-    #: Of a network failure: "connect", "send", "response", "idle" or "deadline".
+    #: Of a network failure: "connect", "response" (sending included), "idle" or "deadline".
     phase: str | None = None
 
     def __init__(self, message: str = "", /, **details: Any) -> None:
-        super().__init__(message)  # pickle restores `args` first, and then the attributes
+        super().__init__(message)  # what pickle passes; it restores the attributes by itself
         self.__dict__.update(details)
 
 
@@ -306,12 +307,12 @@ _STATUS_ERRORS = {  # the class, and what to do
     429: (RateLimitError, "send requests more slowly"),
     503: (NoProviderError, "try again later, or choose another region or provider"),
 }
-_GATEWAY_TIMEOUTS = (504, 520, 524)  # somebody in front of the gateway gave up waiting
+_GATEWAY_TIMEOUTS = (504, 520, 524)  # a proxy in front of the gateway gave up waiting
 _NOT_RETRIED = "it may have been billed, so it is not retried"
 _REASON_FIELDS = ("message", "Message", "detail", "msg", "error_description", "errors", "title")
 
 
-_decode_json = json.JSONDecoder().raw_decode  # json.loads costs half as much again
+_decode_json = json.JSONDecoder().raw_decode  # json.loads is about 50 % slower
 
 
 def _parse_json(text: str) -> Any:
@@ -427,7 +428,7 @@ def _parse_retry_after(text: str) -> float | None:
             seconds = float(text)
         else:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError, IndexError, OverflowError):  # it depends on Python's version
+    except (TypeError, ValueError, IndexError, OverflowError):  # varies with Python's version
         return None
     return max(0.0, min(seconds, _LONGEST_WAIT))
 
@@ -446,7 +447,7 @@ def _is_retried(status: int, method: str, is_pinned: bool) -> bool:
 
 _CLIENT_OPTIONS = (
     "api_key base_url verify_route max_retries on_retry headers ca_file allow_http "
-    "cache_dir".split()  # cache_dir was one in version 1
+    "cache_dir".split()  # the last one existed in version 1
 )
 _SDK_OPTIONS = ("extra_body", "extra_headers", "extra_query")
 _ROUTE_FIELDS = ("region", "provider", "prefer_low_carbon", "fallback")  # [docs]
@@ -454,6 +455,7 @@ _RESERVED_HEADERS = (
     "authorization proxy-authorization host content-type content-length te connection "
     "transfer-encoding accept-encoding expect upgrade".split()
 )
+_HEADER_NAME = r"(?a)[\w!#$%&'*+.^`|~-]+"
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -465,7 +467,7 @@ def _json_bytes(body: Any) -> bytes:
 
 
 def _check_option_names(options: Json) -> None:
-    """Refuse the options of a client and of the OpenAI SDK, which are not fields of the body."""
+    """Refuse client options and those of the OpenAI SDK: the gateway does not know them."""
     for name in options:
         if name in _CLIENT_OPTIONS:
             raise TypeError(f"{name} is an option of the client: use Client({name}=...)")
@@ -498,7 +500,7 @@ def _chat_body(messages: Any, streams: bool, defaults: Json, options: Json) -> J
     if streams:
         body.update(stream=True, stream_options={"include_usage": True})
     for name, value in options.items():
-        if value is not None or name == "stream_options":  # None leaves ours out
+        if value is not None or name == "stream_options":  # None removes our default
             body[name] = value
     _check_route(body["route"])
     return {name: value for name, value in body.items() if value is not None}
@@ -516,15 +518,16 @@ def _route_pins(body: Any, headers: Json) -> Json:
 
 
 def _checked_headers(headers: Any) -> Json:
-    """The caller's headers in one spelling. A line end in one would begin another header."""
-    for name, value in _dict_or_empty(headers).items():
-        is_text = isinstance(name, str) and isinstance(value, str)
-        is_valid = re.fullmatch(r"(?a)[\w!#$%&'*+.^`|~-]+: [\t -~]*", f"{name}: {value}")
-        if not is_text or not is_valid or name.lower() in _RESERVED_HEADERS:
-            hint = "use printable ASCII, and none that the client sets itself"
-            raise ConfigError(f"the header {name!r} cannot be used: {hint}")
+    """The caller's headers, with names in Title-Case. A line end would start another header."""
     if not isinstance(headers, dict):
         raise ConfigError("headers must be a dict")
+    for name, value in headers.items():
+        is_valid = False
+        if isinstance(name, str) and isinstance(value, str):
+            is_valid = bool(re.fullmatch(_HEADER_NAME, name) and re.fullmatch(r"[\t -~]*", value))
+        if not is_valid or name.lower() in _RESERVED_HEADERS:
+            hint = "use printable ASCII, and none that the client sets itself"
+            raise ConfigError(f"the header {name!r} cannot be used: {hint}")
     return {name.title(): value for name, value in headers.items()}
 
 
@@ -546,7 +549,8 @@ def _curl_command(url: str, body: Any, headers: Json, flags: list[str], key: str
 
 
 # ---- settings: the key, the base URL, the proxy and the CAs --------------------------------------
-# The only section that reads the environment. Messages show no value that may contain a secret.
+# The only section of the library that reads environment variables and files. Its messages show
+# no value that may contain a secret.
 
 
 def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
@@ -579,7 +583,7 @@ class _Key:
         if self.path:
             try:
                 with open(self.path, encoding="utf-8", errors="replace") as file:
-                    key = file.read(_ERROR_BODY_LIMIT).strip("\ufeff \t\r\n") or key
+                    key = file.read(_ERROR_BODY_LIMIT).lstrip("\ufeff").strip() or key
             except OSError as error:  # the path is not shown: it may be a key in the wrong place
                 problem = f"the file of LOWROUTER_API_KEY_FILE cannot be read: {error.strerror}"
         if not key:
@@ -682,7 +686,7 @@ def _find_cas(ca_file: Any) -> tuple[str | None, str | None]:
         elif path and not (file and name == "SSL_CERT_DIR"):  # OpenSSL would trust no CA at all
             raise ConfigError(f"{name} is {path}, which does not exist")
     if not (file or folder) and "" in map(os.environ.get, _CA_SETTINGS[0]):
-        # OpenSSL would take the empty variable for the name of a file.
+        # OpenSSL would use the empty variable as the name of a file.
         folder = ssl.get_default_verify_paths().openssl_capath
     return file, folder
 
@@ -691,7 +695,7 @@ class _Endpoint:
     """Where requests go: the checked base URL, the proxy on the way, and the trusted CAs."""
 
     def __init__(self, base_url: Any, allow_http: bool, ca_file: Any) -> None:
-        parts = _split_base_url(base_url)
+        parts = _split_base_url(base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL)
         self.is_tls = parts.scheme == "https"
         self.netloc = parts.netloc
         self.name = parts.netloc  # for messages
@@ -712,10 +716,21 @@ class _Endpoint:
             self.name += f" (through the proxy {self.proxy.host}:{self.proxy.port})"
 
 
-# ---- connections: sockets under the clock of a call, kept for the next call ----------------------
-# The only section that touches the network. It lets all exceptions pass.
+_VARIABLES = (
+    "LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL HTTPS_PROXY https_proxy NO_PROXY "
+    "no_proxy SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE"
+).split()
 
-# macOS uses the second name. A system that has neither refuses 0, which does no harm.
+
+def _environment_hash() -> int:
+    """Changes when one of the variables changes. A traceback may show it, but not their values."""
+    return hash(tuple(os.environ.get(name) for name in _VARIABLES))
+
+
+# ---- connections: sockets under the clock of a call, kept for the next call ----------------------
+# The only section that touches the network. Exceptions of the network pass through it.
+
+# macOS uses the second name. On a system that has neither, setting option 0 fails harmlessly.
 _KEEPALIVE_OPTION = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0))
 
 
@@ -770,7 +785,7 @@ class _Timed(socket.socket):
         self.settimeout(self.clock.seconds_left())
 
     def upload(self, data: bytes) -> None:
-        """Send all the data. A block that was sent ends a silence."""
+        """Send all the data, and start the timeout anew after each block."""
         view = memoryview(data)
         while view:
             self.clock.start("send")
@@ -902,9 +917,9 @@ class _Response(http.client.HTTPResponse):
         """Return bytes as soon as some arrive, and b"" at the true end of the body."""
         block = self.read1(_BLOCK)  # read(n) would wait for n bytes
         if self.chunked and (self.chunk_left or 0) < 0:
-            raise http.client.IncompleteRead(b"")  # http.client accepts a size of -5
+            raise http.client.IncompleteRead(b"")  # http.client accepts a chunk size such as -5
         if not block:
-            # A server often closes the connection behind an error.
+            # Servers often close the connection after an error response.
             self.release(keep=self.status < 400 and not self.will_close)
         return block
 
@@ -944,7 +959,7 @@ class _Handler(urllib.request.BaseHandler):
         self.begin_in_process()
 
     def add_parent(self, parent: Any) -> None:
-        """Keep no reference: in a circle, a dropped client would stay connected for a while."""
+        """Keep no reference: a cycle would keep the connections of a dropped client open."""
 
     def begin_in_process(self) -> None:
         """Begin anew in a fork, which must not use the connections of its parent.
@@ -999,8 +1014,12 @@ class _Handler(urllib.request.BaseHandler):
             # A server that closes the connection may have sent a reason before that, such as 413.
             with contextlib.suppress(ConnectionError, ssl.SSLError):
                 sock.upload(request.to_bytes())
+                request.was_sent = True
                 request.clock.start("response")
             response.begin()
+            while response.status in (102, 103):  # the real response follows
+                response.headers = None  # type: ignore[assignment]  # else begin() does nothing
+                response.begin()
         except BaseException:
             response.release()
             raise
@@ -1010,7 +1029,7 @@ class _Handler(urllib.request.BaseHandler):
 
 
 # ---- calls: a request that is sent again where that is safe --------------------------------------
-# The only section that turns exceptions of the network into errors, and their only way out.
+# Network exceptions become public errors here, and nowhere else.
 
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)
 _ENCODINGS = r"(?i)\b(gzip|deflate|br|zstd|compress)\b"
@@ -1039,6 +1058,7 @@ class _Call(urllib.request.Request):
         self.endpoint = endpoint
         self.key = key
         self.clock = clock
+        self.was_sent = False  # in full; the connection sets it
         self.pins: Json = {}
         self.verifies_pins = True
         self.choices_requested = 1
@@ -1051,7 +1071,7 @@ class _Call(urllib.request.Request):
 
     def is_safe_to_repeat(self) -> bool:
         """Whether the gateway cannot have answered the request, and billed it."""
-        return self.get_method() == "GET" or self.clock.phase in ("connect", "send")
+        return self.get_method() == "GET" or not self.was_sent
 
     def run(
         self,
@@ -1064,6 +1084,7 @@ class _Call(urllib.request.Request):
         delay = _RETRY_DELAY
         for retries_left in range(max_retries, -1, -1):
             self.response = None
+            self.was_sent = False
             self.received.clear()
             try:
                 self.response = opener.open(self)
@@ -1177,7 +1198,7 @@ class _Call(urllib.request.Request):
             del self.received[_ERROR_BODY_LIMIT:]  # so that 50 MB are in memory twice, not 3 times
             data = _parse_json(text)
         except ValueError:
-            happened = "sent something else than JSON, or only a part of it"
+            happened = "sent invalid or truncated JSON"
             raise _error_from_body(BadResponseError, happened, self.excerpt()) from None
         record = _dict_or_empty(data)
         if record.get("error") and "generation_id" not in record:
@@ -1203,7 +1224,7 @@ class _Call(urllib.request.Request):
     def public_error(
         self, cause: BaseException, partial: Completion | None = None
     ) -> LowRouterError:
-        """The error that leaves this module: one line, what was received, and nowhere the key.
+        """The error that leaves this module: one line, all that was received, and the key redacted.
 
         It is a new error, because the frames and the causes of the old one may hold the key.
         """
@@ -1233,30 +1254,31 @@ class _Call(urllib.request.Request):
         if isinstance(cause, ssl.SSLCertVerificationError):
             file, folder = self.endpoint.cas
             trusted = file or folder or "the system"
-            happened = f"has a certificate that {trusted} does not confirm: {cause}"
+            happened = f"has a certificate that is not trusted by {trusted}: {cause}"
             advice = "check the base URL and the clock of this machine, or set SSL_CERT_FILE"
             return APIConnectionError(happened, advice=advice, phase="connect")
         phase = self.clock.phase
         is_safe = self.is_safe_to_repeat()
         billed = "" if is_safe else _NOT_RETRIED
-        if isinstance(cause, socket.timeout):
+        if isinstance(cause, socket.timeout) and not cause.errno:  # with one, the peer is dead
             if not self.clock.has_time_for(0.0):
                 phase = "deadline"
             happened, advice = _TIMEOUTS[phase]
             advice = f"{advice}; {billed}".rstrip("; ")
-            phase = phase.replace("send", "response")
-            return APITimeoutError(happened, advice=advice, phase=phase, retryable=is_safe)
+            public_phase = phase.replace("send", "response")
+            return APITimeoutError(happened, advice=advice, phase=public_phase, retryable=is_safe)
         happened = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
         if phase == "idle":
             kind = StreamError if is_stream else BadResponseError
             return kind(happened, advice=billed, retryable=is_safe)
         if phase == "connect":
             billed = _CHECK_NETWORK
-        return APIConnectionError(happened, advice=billed, phase=phase, retryable=is_safe)
+        public_phase = phase.replace("send", "response")
+        return APIConnectionError(happened, advice=billed, phase=public_phase, retryable=is_safe)
 
 
 # ---- server-sent events: blocks -> lines -> events -----------------------------------------------
-# The rules are those of the WHATWG standard. This section knows neither JSON nor the gateway.
+# By the WHATWG standard, but an unfinished last event counts. Knows neither JSON nor the gateway.
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -1370,6 +1392,11 @@ def _grow(before: Any, value: Any) -> Any:
     return list(value)  # a new list, because the chunk's is not ours to change
 
 
+def _is_whole(function: Json) -> bool:
+    """Whether the arguments of a tool call are complete."""
+    return isinstance(_json_or_text(_copy(function.get("arguments", ""))), dict)
+
+
 def _find_tool_call(calls: list[Json], piece: Json) -> Json:
     """The tool call to which a piece belongs. Servers differ in how they tell."""
     index = piece.get("index")
@@ -1384,8 +1411,7 @@ def _find_tool_call(calls: list[Json], piece: Json) -> Json:
         elif call_id:
             found = call.get("id") == call_id
         else:  # the last call goes on, unless the piece has the name of the next one
-            is_whole = isinstance(_json_or_text(_copy(function.get("arguments", ""))), dict)
-            found = not name or (name == function.get("name") and not is_whole)
+            found = not name or (name == function.get("name") and not _is_whole(function))
             if not found:
                 break
         if found:
@@ -1418,7 +1444,7 @@ def _merge(target: Json, piece: Json, depth: int = _MAX_DEPTH) -> None:
 
 
 def _unstreamed(message: Json, whole: Json) -> Json:
-    """What a message with the whole answer so far has beyond the deltas that came before."""
+    """The part of a cumulative message that the deltas before it did not bring."""
     rest = {}
     for name, value in whole.items():
         before = _copy(message.get(name))
@@ -1565,9 +1591,9 @@ class Stream:
                 chunk = self._parse_event(name, data)
                 if chunk is not None:
                     return chunk
-        except (*_NETWORK_ERRORS, BadResponseError):
+        except _NETWORK_ERRORS:
             if not self._is_complete():
-                raise  # otherwise it does not matter what came after the answer
+                raise  # otherwise only the end of the connection was lost
         if not self._is_complete():
             happened = "ended the stream before the answer was complete"
             raise _error_from_body(StreamError, happened, self._other_text)
@@ -1581,11 +1607,14 @@ class Stream:
         value = _json_or_text(data)
         is_object = isinstance(value, dict) and name != "error"
         failed = None
-        if is_object:
+        if name == "error":
+            failed = value
+        elif is_object:
             if "error" in data or ("choices" not in value and name in (None, "", "message")):
                 failed = _failed_part(value)
-        elif name in ("", "message", "error") or data.lstrip().startswith(("<", "[")):
-            failed = value
+        elif name in ("", "message") or data.lstrip().startswith(("<", "[")):
+            if not self._is_complete():
+                failed = value
         if name is None and not failed:
             if "choices" not in _dict_or_empty(value):
                 self._other_text = data  # perhaps the reason for an early end
@@ -1595,6 +1624,8 @@ class Stream:
             self._raise_failure(name, value, failed)
         if not is_object:
             return None
+        if name not in ("", "message", None) and value.keys().isdisjoint(_PARTIAL_FIELDS):
+            return None  # an event of another kind, such as a ping
         chunk = Chunk(value)
         chunk.headers = self._headers
         chunk.added_text = self._add(value)
@@ -1603,7 +1634,7 @@ class Stream:
         return chunk
 
     def _raise_failure(self, name: str | None, value: Any, failed: Any) -> NoReturn:
-        """Raise the error of an event, after what it says of the answer was added."""
+        """Add what the event says of the answer, and raise its error."""
         part = {n: v for n, v in _dict_or_empty(value).items() if n in _PARTIAL_FIELDS}
         if self._choices or "choices" in part:
             self._add(part)
@@ -1704,7 +1735,7 @@ def _parse_any(call: _Call) -> Any:
 
 
 class Client:
-    """A client of one gateway, for any number of threads; a fork goes on with its own connections.
+    """A client of one gateway, for any number of threads. A forked process opens new connections.
 
     api_key: the key, or else LOWROUTER_API_KEY, or else the file LOWROUTER_API_KEY_FILE, which
         is read again for each call.
@@ -1712,7 +1743,7 @@ class Client:
     model, route: defaults of `chat()` and `stream()`.
     verify_route: whether an answer must name the pinned region and provider.
     timeout: seconds for connecting (10 at most), for the response to begin, and for each silence
-        in it.
+        in it; in a stream, between two events.
     deadline: seconds for a whole call with its retries; None for no limit.
     max_retries: how often a request is sent again where that cannot be billed twice.
     on_retry: called as on_retry(error, seconds) before each wait. The time that it takes counts
@@ -1744,8 +1775,7 @@ class Client:
         self._key = _Key(api_key)
         del api_key  # a traceback may show local variables
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
-            raise ConfigError(f"max_retries must be an integer from 0 up, not {max_retries!r}")
-        base_url = base_url or os.environ.get("LOWROUTER_BASE_URL") or _BASE_URL
+            raise ConfigError(f"max_retries must be a non-negative integer, not {max_retries!r}")
         self._endpoint = _Endpoint(base_url, allow_http, ca_file)
         self._key.current()  # raises if there is none
         if route is not None:
@@ -1767,7 +1797,7 @@ class Client:
         if not hasattr(self, "_models"):
             return "Client(...)"  # a traceback shows it before __init__ has ended
         key = self._key.value
-        shown = "..." + key[-4:] if len(key) > 8 else "..."
+        shown = "..." + key[-4:] if len(key) > 16 else "..."
         model = self._defaults["model"]
         return f"Client({shown!r}, base_url={self._endpoint.url!r}, model={model!r})"
 
@@ -1781,7 +1811,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the idle connections. Streams that are still open go on."""
+        """Close the idle connections. Open streams stay open."""
         self._handler.pool.close()
 
     def _new_call(
@@ -1816,7 +1846,7 @@ class Client:
         call = self._new_call("POST", "/chat/completions", body, *limits)  # [docs]
         self._pin(call, body)
         if isinstance(body.get("n"), int):
-            call.choices_requested = body["n"]
+            call.choices_requested = max(1, body["n"])
         return self._run(call, parse)
 
     def chat(self, /, messages: str | list[dict[str, Any]], **options: Any) -> Completion:
@@ -1832,7 +1862,8 @@ class Client:
     ) -> str:
         """Return the curl command that sends what `chat()` or `stream()` would send.
 
-        The command takes the key from the environment. Raises what these raise before they send.
+        The command takes the key from the environment; while it runs, the list of processes shows
+        the key. Raises `ConfigError` for what cannot be sent.
         """
         options.pop("timeout", None)
         options.pop("deadline", None)
@@ -1865,7 +1896,7 @@ class Client:
         return self._run(call, _parse_any)
 
     def models(self, refresh: bool = False) -> list[dict[str, Any]]:
-        """Return the routable models [docs], kept for an hour; only the field `id` is sure.
+        """Return the routable models [docs], kept for an hour; only the field `id` is guaranteed.
 
         When the gateway cannot be reached, an older list is returned with a warning. Raises as
         `chat()` does.
@@ -1913,17 +1944,12 @@ class Client:
 # ---- functions: one client for the whole program -------------------------------------------------
 # It is made at the first call, and again when one of its environment variables has changed.
 
-_VARIABLES = (
-    "LOWROUTER_API_KEY LOWROUTER_API_KEY_FILE LOWROUTER_BASE_URL HTTPS_PROXY https_proxy NO_PROXY "
-    "no_proxy SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE"
-).split()
 _shared: tuple[int, Client] | None = None
 
 
 def _shared_client() -> Client:
     global _shared
-    # A hash, because the values contain the key, and a traceback may show local variables.
-    environment = hash(tuple(os.environ.get(name) for name in _VARIABLES))
+    environment = _environment_hash()
     if _shared is None or _shared[0] != environment:
         _shared = (environment, Client())
     return _shared[1]
@@ -1976,7 +2002,7 @@ def request(method: str, path: str, body: Any = None) -> Any:
 
 
 def models(refresh: bool = False) -> list[dict[str, Any]]:
-    """Return the routable models as dicts, of which only `id` is sure; kept for an hour.
+    """Return the routable models as dicts, of which only `id` is guaranteed; kept for an hour.
 
     refresh: request the list again. It raises as `chat()` does.
     """
@@ -1992,13 +2018,13 @@ def generation(generation_id: str, wait: float = 0.0) -> dict[str, Any]:
     return _shared_client().generation(generation_id, wait)
 
 
-# ---- command line: uses public names of the library only -----------------------------------------
-# The only section that prints and opens files. The library ends above.
+# ---- command line: the functions as commands -----------------------------------------------------
+# The only section that prints and writes files. It uses public names of the library only.
 
 __all__ += ["main"]
 
-_STDIN_NOTICE_SECONDS = 2.0  # longer than any pipe that has data takes to begin
-_SHUTDOWN_SECONDS = 4.0  # that Ctrl-C leaves to the requests of a batch that are under way
+_STDIN_NOTICE_SECONDS = 2.0  # by then, a pipe that has data would have begun to send it
+_SHUTDOWN_SECONDS = 4.0  # that the requests of a batch have to finish after Ctrl-C
 _RESUME = "run the same command again to resume"
 _CUT_OFF = "cut off by their token limit"
 
@@ -2014,7 +2040,7 @@ def _write(text: str, stream: Any = None) -> None:
 
 
 def _note(line: str) -> None:
-    """Write a line to standard error. A full disk there is no reason to lose an answer."""
+    """Write a line to standard error. If that fails, the answer must not be lost."""
     with contextlib.suppress(OSError):
         _write(f"{line}\n", sys.stderr)
 
@@ -2045,6 +2071,7 @@ def _read_stdin(deadline: Any) -> Any:
 def _read(path: str, deadline: Any = None) -> str:
     """The text of a file, or of standard input if the path is "-"."""
     if path == "-":
+        path = "standard input"
         data = _read_stdin(deadline)
     else:
         with open(path, "rb") as file:
@@ -2091,11 +2118,14 @@ def _numbers(answer: Completion) -> Json:
 
 
 def _amounts(numbers: Json) -> str:
-    """Numbers before their units, in plain decimals, with a comma before each; no zeros."""
+    """Format as ", 12 tokens, 0.5 Wh" in plain decimals, without zero amounts."""
+    from decimal import Decimal
+
     text = ""
     for unit, number in numbers.items():
         if number or unit == "answers":
-            text += f", {number:,.12f}".rstrip("0").rstrip(".") + f" {unit}"
+            rounded = Decimal(f"{number:.12g}")  # sums of binary fractions have odd last digits
+            text += f", {rounded:,f} {unit}"
     return text
 
 
@@ -2205,6 +2235,24 @@ def _send_chat(client: Client, body: Json, as_json: bool) -> Any:
             _write(answer.text[printed:])
             if not answer.text.endswith("\n"):
                 _write("\n")
+        elif printed:
+            _write("\n")  # Ctrl-C: the next line is not a part of the answer
+
+
+def _summary(answer: Completion) -> str:
+    """The route, the numbers and the id of an answer, as far as the gateway gave them."""
+    text = answer.model or "answered"
+    if answer.provider:
+        text += f" via {answer.provider}"
+    if answer.region:
+        text += f" in {answer.region}"
+    text += _amounts(_numbers(answer))
+    accuracy = (answer.eco or {}).get("accuracy")
+    if accuracy:
+        text += f" ({accuracy})"
+    if answer.generation_id:
+        text += f", {answer.generation_id}"
+    return text
 
 
 def _chat(args: Any) -> int:
@@ -2225,11 +2273,7 @@ def _chat(args: Any) -> int:
     if answer.finish_reason == "length":
         _note("lowrouter: the answer was cut off by its token limit (finish_reason: length)")
     if args.verbose or sys.stderr.isatty():
-        accuracy = (answer.eco or {}).get("accuracy")
-        text = f"{answer.model} via {answer.provider} in {answer.region}"
-        text += f"{_amounts(_numbers(answer))} ({accuracy}), {answer.generation_id}"
-        text = re.sub(r"(,| via| in)? \(?None\)?|^None", "", text)  # only what was given
-        _note(f"lowrouter: {text.strip() or 'answered'}")
+        _note(f"lowrouter: {_summary(answer)}")
     return 0
 
 
@@ -2242,9 +2286,10 @@ def _cells(model: Json) -> Json:
     for name, value in model.items():
         if not isinstance(value, dict):
             value = {"": value}
-        for field, part in value.items():
-            text = re.sub(r'[][{}"]', "", json.dumps(part, ensure_ascii=False))
-            cells[f"{name}.{field}".strip(".")] = text.replace("\\n", " ")
+        for field, text in value.items():
+            if not isinstance(text, str):
+                text = re.sub(r'[][{}"]', "", json.dumps(text, ensure_ascii=False))
+            cells[f"{name}.{field}".strip(".")] = " ".join(text.split())
     return cells
 
 
@@ -2273,8 +2318,10 @@ def _write_table(rows: list[Json]) -> None:
 def _models(args: Any) -> None:
     """Print the models that have the filter in one of their fields."""
     word = _utf8(args.FILTER or "").lower()
-    listed = _new_client(args).models()
-    models = [model for model in listed if word in str(list(model.values())).lower()]
+    models = []
+    for model in _new_client(args).models():
+        if word in " ".join(_cells(model).values()).lower():
+            models.append(model)
     if not models:
         raise LowRouterError("no model matches")
     if args.json:
@@ -2453,7 +2500,7 @@ class _Batch:
         return {"custom_id": custom_id, "response": response, "error": error}
 
     def save(self, result: Json, out: Any) -> None:
-        """Write a result, count it and show the progress."""
+        """Write a result and count it."""
         self.totals["not sent"] -= 1
         if result["error"]:
             with open(self.args.OUT + ".errors", "ab") as errors:
@@ -2483,15 +2530,17 @@ class _Batch:
         from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
         pool = ThreadPoolExecutor(self.args.workers)
-        tasks = [pool.submit(self.work, *work) for _ in range(self.args.workers)]
+        tasks: list[Any] = []
         try:
+            for _ in range(self.args.workers):
+                tasks.append(pool.submit(self.work, *work))
             wait(tasks, return_when=FIRST_EXCEPTION)
         finally:
             self.stopped.set()
             wait(tasks, _SHUTDOWN_SECONDS)
-        wait(tasks)
         for task in tasks:
-            task.result()  # raises what ended a worker
+            if task.done():
+                task.result()  # raises what ended a worker
 
 
 def _check_files(*paths: str) -> None:
@@ -2689,7 +2738,8 @@ def _parse(text: str, words: list[str]) -> Any:
     args, unknown = parser.parse_known_args(words)
     for name, value in vars(args).items():
         if value == "":
-            raise ConfigError(f"--{name} is empty: is a variable of the shell not set?")
+            option = name if name.isupper() else f"--{name}"
+            raise ConfigError(f"{option} is empty: is a variable of the shell not set?")
     for word in unknown:
         hint = "put the prompt in quotes, after -- if it begins with a dash"
         known = re.findall("--[a-z-]+", text)
@@ -2752,7 +2802,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
 
 
 # The MIT License

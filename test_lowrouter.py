@@ -3035,32 +3035,40 @@ def raised(test, kind, call, *args, **options):
     return test.fail("no error")
 
 
+def failed_call(test, kind, call, *steps, **settings):
+    """The error of a call, one of CALLS, if the stub plays these steps."""
+    test.stub.script.clear()
+    test.stub.play(*steps)
+    return test.error(kind, CALLS[call], test.client(**settings))
+
+
 class Contract:
     """What must be the same over every transport."""
 
     def is_reused(self, call, *steps):
         """Whether the call after this one, which gets these steps, uses the same connection."""
+        self.failure = None
         with self.client(max_retries=0, timeout=5) as client:
             self.stub.play(*steps)
-            with contextlib.suppress(lowrouter.LowRouterError):
+            try:
                 call(client)
+            except lowrouter.LowRouterError as error:
+                self.failure = error
             before = self.stub.connections
             self.stub.play(answer("next"))
             self.assertEqual(client.chat("Hello").text, "next")
             return self.stub.connections == before
 
-    def test_a_cut_answer_is_an_error(self):
-        client = self.client(max_retries=0)
-        body = json.dumps(SMALL).encode()
-        for end in (CUT, RESET):
-            for cut in (reply(SMALL)[:-3], head("200 OK") + body[:-3], reply(SMALL)[:30], b""):
+    def test_a_cut_answer_is_an_error_and_closes_the_connection(self):
+        until_close = head("200 OK") + json.dumps(SMALL).encode()
+        chats = (reply(SMALL)[:-3], until_close[:-3], reply(SMALL)[:30], b"")
+        for call, cut in (*(("chat", each) for each in chats), ("stream", BEGUN)):
+            for end in (CUT, RESET):
                 with self.subTest(cut[-20:], end=end):
-                    self.stub.play(cut, end)
-                    self.error(lowrouter.LowRouterError, client.chat, "Hello")
-            self.stub.play(BEGUN, end)
-            error = self.error(lowrouter.LowRouterError, CALLS["stream"], client)
-            if end == CUT:  # a reset may throw away what was sent before it
-                self.assertEqual(error.completion.text, "so far")
+                    self.assertFalse(self.is_reused(CALLS[call], cut, end))
+                    self.assertIsNotNone(self.failure)
+                    if (call, end) == ("stream", CUT):  # a reset may throw away what was sent
+                        self.assertEqual(self.failure.completion.text, "so far")
 
     def test_a_hundred_calls_of_every_kind_use_one_connection(self):
         client = self.client()
@@ -3090,17 +3098,17 @@ class Contract:
     def test_any_other_end_closes_the_connection(self):
         done = event_stream(delta("whole", "stop"), end=False)
         failed = chunked(sse({"error": {"message": "failed"}}))
-        body = json.dumps(SMALL).encode()
-        chats = [[reply(SMALL)[:-3], CUT], [reply({"error": "no"}, "400 Bad Request")]]
-        chats += [[head("404 Not Found", "Content-Length: 0")], [head("200 OK") + body, CUT]]
+        chats = [[head("404 Not Found", "Content-Length: 0")]]
+        chats += [[head("200 OK") + json.dumps(SMALL).encode(), CUT]]
         chats += [[head("302 Found", "Location: /x", "Content-Length: 3") + b"abc"]]
         chats += [[reply(SMALL, connection="close")], [b"HTTP/1.0" + reply(SMALL)[8:], CUT]]
-        streams = [[BEGUN + failed], [done, STALL], [done + chunked(b"data: 1\n\n")]]
         for call, table in (
+            # Many servers close behind an error status without announcing it.
+            *((call, [[reply("", "429 Too Many Requests")]]) for call in CALLS.values()),
             (CALLS["chat"], chats),
-            (CALLS["stream"], streams),
-            (lambda client: client.chat("Hello", timeout=0.2), [[STALL]]),
-            (lambda client: client.stream("Hello", timeout=0.2).result(), [[BEGUN, STALL]]),
+            (CALLS["stream"], [[BEGUN + failed], [done, STALL], [done + chunked(b"data: 1\n\n")]]),
+            (lambda client: client.chat("Hello", timeout=0.1), [[STALL]]),
+            (lambda client: client.stream("Hello", timeout=0.1).result(), [[BEGUN, STALL]]),
             (lambda client: next(client.stream("Hello")), [[BEGUN, STALL]]),
             (lambda client: client.stream("Hello").close(), [[BEGUN, STALL]]),
         ):
@@ -3110,27 +3118,13 @@ class Contract:
         if self.stub.context:  # no request went out in clear text over a new connection
             self.assertEqual(self.stub.handshakes, self.stub.connections)
 
-    def test_an_error_status_is_retried_over_a_new_connection(self):
-        # Many servers close behind an error status without announcing it.
-        for name, call in CALLS.items():
-            with self.subTest(name):
-                self.stub.play(reply("", "429 Too Many Requests", retry_after="0"), CUT)
-                self.stub.play(reply({"error": {"message": "none left"}}, "402 Payment Required"))
-                before = self.stub.connections
-                error = self.error(lowrouter.InsufficientCreditsError, call, self.client())
-                self.assertEqual(error.message, "none left")
-                self.assertEqual((self.stub.connections, self.waits.pop()), (before + 2, 0))
-
 
 class TestHttp(Contract, Case):
     """Plain http, which is allowed to loopback."""
 
     def test_an_idle_connection_on_which_something_happened_is_not_used(self):
         smuggled = reply(answer("smuggled"))
-        troubles = [RESET, lambda sock: sock.shutdown(socket.SHUT_RDWR)]
-        for data in (smuggled, b"H"):
-            troubles.append(lambda sock, data=data: sock.sendall(data))
-        for trouble in troubles:
+        for trouble in (RESET, CUT, smuggled, b"H"):
             with self.subTest(trouble), self.client(max_retries=0) as client:
                 go = threading.Event()
                 done = threading.Event()
@@ -3270,33 +3264,24 @@ class TestConnections(Case):
         self.error(lowrouter.APIConnectionError, client.request, "GET", "/models")
         self.assertEqual(len(self.stub.requests), 7)
 
-    def test_an_upload_that_breaks_off_is_sent_again_and_one_that_stalls_is_left_in_time(self):
+    def test_an_upload_that_breaks_off_is_sent_again(self):
         def serve(peer, sock):
-            number = len(peer.sockets)
-            if number == 1:
+            if len(peer.sockets) == 1:
                 read_request(sock)
                 sock.sendall(reply(answer("first")))
-            if number == 1 and stalls:
-                peer.stop.wait()
-            if number < 3:
+            if len(peer.sockets) < 3:
                 sock.recv(1000)
                 reset(sock)
                 return
             read_upload(sock)
             sock.sendall(reply(answer("second")))
 
-        for stalls, limits in ((False, {}), (True, {"timeout": 0.2}), (True, {"deadline": 0.2})):
-            with self.subTest(limits), Peer(serve) as peer:
-                client = self.client(base_url=peer.url, max_retries=0 if stalls else 1)
-                self.assertEqual(client.chat("Hello").text, "first")
-                if stalls:
-                    with self.takes(0.2):
-                        self.error(lowrouter.APITimeoutError, client.chat, HUGE, **limits)
-                    self.assertEqual(len(peer.sockets), 1)
-                else:
-                    self.assertEqual(client.chat(HUGE).text, "second")
-                    # The kept connection was replaced at once, and the second one after a wait.
-                    self.assertEqual((len(peer.sockets), len(self.waits)), (3, 1))
+        with Peer(serve) as peer:
+            client = self.client(base_url=peer.url, max_retries=1)
+            self.assertEqual(client.chat("Hello").text, "first")
+            self.assertEqual(client.chat(HUGE).text, "second")
+            # The kept connection was replaced at once, and the second one after a wait.
+            self.assertEqual((len(peer.sockets), len(self.waits)), (3, 1))
 
     def test_64_threads_get_the_answers_to_their_questions(self):
         def ask(number):
@@ -3339,18 +3324,6 @@ class TestConnections(Case):
                 self.assertEqual([each == used[0] for each in used], [True] * 2 + [False] * 3)
 
 
-@contextlib.contextmanager
-def dead_address():
-    """An address that accepts no connection, because the backlog of its listener is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):
-            sock = stack.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())
-        yield listener.getsockname()
-
-
 class TestTime(Case):
     def assert_times_out(self, phase, seconds, call, *args, **options):
         """The call must raise a time-out that names its phase and the setting to change."""
@@ -3359,13 +3332,6 @@ class TestTime(Case):
         self.assertEqual(error.phase, phase)
         settings = {"connect": "base URL", "deadline": "deadline"}
         self.assertIn(settings.get(phase, "timeout"), str(error))
-        return error
-
-    def assert_both_limits_end(self, phase, make, use):
-        """`use(make(**limits))` must be ended by the timeout, and also by the deadline."""
-        for name, limits in ((phase, {"timeout": 0.1}), ("deadline", {"deadline": 0.1})):
-            with self.subTest(name):
-                error = self.assert_times_out(name, 0.1, use, make(max_retries=0, **limits))
         return error
 
     @unittest.skipUnless(sys.platform == "linux", "a full backlog drops connections on Linux")
@@ -3379,15 +3345,20 @@ class TestTime(Case):
             return self.client(max_retries=0, **settings).chat("Say hello").text
 
         live = self.stub.server.server_address[:2]
-        with dead_address() as dead:
-            for addresses, seconds in (([dead, live], 0.15), ([dead, dead, live], 0.225)):
-                with self.subTest(addresses), self.takes(seconds):
-                    self.assertEqual(chat(*addresses, timeout=0.3), "Hello!")
-            with self.takes(0.4):  # the lookup takes no time from the rest
-                self.assertEqual(chat(live, dead, dead, pause=0.4, timeout=0.3), "Hello!")
-            for addresses in ([dead], [dead] * 4):
-                self.assert_times_out("connect", 0.1, chat, *addresses, timeout=0.1)
-                self.assert_times_out("deadline", 0.1, chat, *addresses, deadline=0.1)
+        listener = enter(self, socket.create_server(("127.0.0.1", 0), backlog=0))
+        dead = listener.getsockname()
+        for _ in range(4):  # fill its backlog, so that it accepts no more connections
+            sock = enter(self, socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(dead)
+        for addresses, seconds in (([dead, live], 0.15), ([dead, dead, live], 0.225)):
+            with self.subTest(addresses), self.takes(seconds):
+                self.assertEqual(chat(*addresses, timeout=0.3), "Hello!")
+        with self.takes(0.4):  # the lookup takes no time from the rest
+            self.assertEqual(chat(live, dead, dead, pause=0.4, timeout=0.3), "Hello!")
+        for addresses in ([dead], [dead] * 4):
+            self.assert_times_out("connect", 0.1, chat, *addresses, timeout=0.1)
+            self.assert_times_out("deadline", 0.1, chat, *addresses, deadline=0.1)
         self.assertIn("x.invalid", str(self.error(lowrouter.APIConnectionError, chat)))
 
     def test_a_handshake_or_a_proxy_that_is_silent_or_drips_is_left_in_time(self):
@@ -3439,9 +3410,13 @@ class TestTime(Case):
         with Peer(serve) as peer:
             client = self.client(base_url=peer.url, timeout=0.4, max_retries=0)
             self.assertEqual(client.chat(HUGE).text, "whole")
-        with Peer(never_answers) as peer:
-            self.stub.url = peer.url
-            self.assert_both_limits_end("response", self.client, lambda client: client.chat(HUGE))
+        for name, limits in (("response", {"timeout": 0.1}), ("deadline", {"deadline": 0.1})):
+            # This server answers the first request, and does not read the second one.
+            with self.subTest(name), Peer(drips(reply(SMALL), b"")) as peer:
+                client = self.client(base_url=peer.url, max_retries=0)
+                self.assertEqual(client.chat("Hello").text, "whole")
+                self.assert_times_out(name, 0.1, client.chat, HUGE, **limits)
+                self.assertEqual(len(peer.sockets), 1)
 
     def test_a_refusal_before_the_end_of_the_upload_is_seen(self):
         def drain(sock):  # as nginx does, because closing at once would reset the connection
@@ -3463,37 +3438,41 @@ class TestTime(Case):
                     self.assertEqual((error.status, error.message), (413, "too long"))
                 self.assertEqual(len(peer.sockets), 1)
 
-    def test_an_answer_that_does_not_begin_is_left_in_time(self):
+    def test_silence_and_noise_end_at_the_limits(self):
+        """Any byte of a JSON body ends a silence, but in a stream only an event with data does."""
         ok = b"HTTP/1.1 200 OK\r\n"
-        noises = [[STALL], [ok, Drip(b"X: 1\r\n", 0.02)], [ok, b"X: ", Drip(b"x", 0.02)]]
-        for steps in [*noises, [Drip(head("100 Continue"), 0.02)]]:
-            with self.subTest(steps):
-                self.stub.play(*steps, times=2)
-                self.assert_both_limits_end("response", self.client, CALLS["chat"])
-        self.stub.play(Drip(head("100 Continue") * 1000, 0))
+        part = reply(SMALL)[:-5]
+        table = [("response", "chat", "", STALL), ("deadline", "chat", "", STALL)]
+        table.append(("response", "chat", "", ok, Drip(b"X: 1\r\n", 0.02)))
+        table.append(("response", "chat", "", ok, b"X: ", Drip(b"x", 0.02)))
+        table.append(("response", "chat", "", Drip(head("100 Continue"), 0.02)))
+        table.append(("deadline", "chat", "", head("200 OK"), Drip(b" ", 0.02)))
+        for phase in ("idle", "deadline"):
+            table += [
+                (phase, "chat", "whole", part, STALL),
+                (phase, "stream", "so far", BEGUN, STALL),
+            ]
+        noises = [chunked(each, end=False) for each in (b": ping\n\n", b"event: x\n\n", b"data: ")]
+        for noise in [*noises, b"5"]:
+            table.append(("idle", "stream", "so far", BEGUN, Drip(noise, 0.02)))
+        for phase, call, partial, *steps in table:
+            limit = "deadline" if phase == "deadline" else "timeout"
+            with self.subTest(steps, limit=limit):
+                self.stub.play(*steps)
+                client = self.client(max_retries=0, **{limit: 0.1})
+                error = self.assert_times_out(phase, 0.1, CALLS[call], client)
+                found = error.completion.text if call == "stream" else error.body
+                self.assertIn(partial, found or "")
         with self.takes(0):  # newer versions of Python give up before the timeout
-            client = self.client(max_retries=0, timeout=0.2)
-            self.error(lowrouter.LowRouterError, client.chat, "Hello")
+            drip = Drip(head("100 Continue") * 1000, 0)
+            settings = {"max_retries": 0, "timeout": 0.2}
+            failed_call(self, lowrouter.LowRouterError, "chat", drip, **settings)
 
-    def test_bytes_end_a_silence_in_a_json_body(self):
+    def test_a_slow_answer_may_take_longer_than_the_timeout(self):
         text = json.dumps(SMALL).encode()
         start = head("200 OK", f"Content-Length: {len(text) + 6}")
         self.stub.play(head("100 Continue") * 2 + start, Drip(b" ", 0.05, 6), text)
         self.assertEqual(self.client(timeout=0.25, max_retries=0).chat("Hello").text, "whole")
-        self.stub.play(head("200 OK"), Drip(b" ", 0.02))
-        client = self.client(timeout=0.15, deadline=0.3, max_retries=0)
-        self.assert_times_out("deadline", 0.3, client.chat, "Hello")
-        self.stub.play(reply(SMALL)[:-5], STALL, times=2)
-        error = self.assert_both_limits_end("idle", self.client, CALLS["chat"])
-        self.assertIn("whole", error.body)
-
-    def test_only_an_event_with_data_ends_a_silence_in_a_stream(self):
-        blocks = [chunked(each, end=False) for each in (b": ping\n\n", b"event: x\n\n", b"data: ")]
-        for noise in [STALL, *(Drip(block, 0.02) for block in [*blocks, b"5"])]:
-            with self.subTest(noise):
-                self.stub.play(BEGUN, noise, times=2)
-                error = self.assert_both_limits_end("idle", self.client, CALLS["stream"])
-                self.assertEqual(error.completion.text, "so far")
         for event, text in ((delta("x"), "xxxxxx!"), ({}, "!")):
             with self.subTest(event):
                 block = chunked(sse(event, done=False), end=False)
@@ -3592,23 +3571,19 @@ class TestRetries(Case):
 
     def test_a_request_that_was_sent_and_lost_is_retried_only_if_it_is_a_get(self):
         lost = [[CUT], [RESET], [STALL], [b"HTTP/1.1 2", CUT], [b"HTTP/1.1 200 OK\r\nX", CUT]]
-        for steps in [*lost, [reply(SMALL)[:-4], CUT]]:
-            for call, expected in (("chat", 1), ("stream", 1), ("models", 3)):
-                for kept in (False, True):
-                    with self.subTest(steps, call=call, kept=kept):
-                        settings = {"kept": kept, "timeout": 0.05 if STALL in steps else 10}
-                        attempts, error = self.attempts(*steps, call=call, **settings)
-                        self.assertEqual(error.retryable, expected == 3)
-                        self.assertEqual(len(self.waits), expected - 1)
-                        if not kept or expected == 1:  # a kept one may be replaced at once
-                            self.assertEqual(attempts, expected)
-                        if steps in lost or call != "stream":
-                            self.assertEqual("billed" in str(error), expected == 1)
-        for steps in ([BEGUN, CUT], [BEGUN + chunked(sse({"error": {"message": "no"}}))]):
-            attempts, error = self.attempts(*steps, call="stream")
-            self.assertEqual((attempts, error.completion.text), (1, "so far"))
-        attempts, _ = self.attempts(answer("x", region="us-east"), route={"region": "eu-west"})
-        self.assertEqual(attempts, 1)
+        calls = {"chat": 1, "stream": 1, "models": 3}
+        for steps, call, kept in itertools.product(
+            [*lost, [reply(SMALL)[:-4], CUT]], calls, (False, True)
+        ):
+            with self.subTest(steps, call=call, kept=kept):
+                timeout = 0.05 if STALL in steps else 10
+                attempts, error = self.attempts(*steps, call=call, kept=kept, timeout=timeout)
+                self.assertEqual(error.retryable, calls[call] == 3)
+                self.assertEqual(len(self.waits), calls[call] - 1)
+                if not kept or calls[call] == 1:  # a kept one may be replaced at once
+                    self.assertEqual(attempts, calls[call])
+                if steps in lost or call != "stream":
+                    self.assertEqual("billed" in str(error), calls[call] == 1)
 
     def test_the_waits_double_and_are_shortened_at_random(self):
         longest = [0.5, 1, 2, 4, 8, 8]
@@ -3659,10 +3634,8 @@ class TestRetries(Case):
                 self.assertTrue(2 < self.waits[1] < 2.95, self.waits)
         calls.clear()
         for settings in ({"max_retries": 0}, {"deadline": 0.2}, {"route": {"region": "eu-west"}}):
-            self.stub.play(reply("", "503 No", retry_after="1"))  # no wait follows
-            client = self.client(on_retry=on_retry, **settings)
-            self.error(lowrouter.NoProviderError, client.chat, "Hello")
-        self.assertEqual(calls, [])
+            self.attempts(reply("", "503 No", retry_after="1"), on_retry=on_retry, **settings)
+        self.assertEqual(calls, [])  # because no wait followed
 
     def test_what_on_retry_raises_ends_the_call_and_reaches_the_caller(self):
         for raised in (KeyError("mine"), OSError("mine"), lowrouter.ConfigError("mine")):
@@ -3817,14 +3790,16 @@ class TestKey(Case):
         responses.append(head("302 Found", f"Location: https://{KEY}@x/{KEY}"))
         responses += [head("400 Bad", echoed.replace(":", "")), reply(quoted)[:-2]]
         responses.append(reply(echoed, content_encoding=KEY + " gzip"))
-        for name in ("Transfer-Encoding", "Content-Length"):
-            responses.append(head("200 OK", f"{name}: {KEY}") + echoed.encode())
-        responses.append(head("200 OK", "Transfer-Encoding: chunked") + f"{KEY}\r\n".encode())
+        for header in (
+            "Transfer-Encoding: ",
+            "Content-Length: ",
+            "Transfer-Encoding: chunked\r\n\r\n",
+        ):
+            responses.append(head("200 OK", header + KEY) + echoed.encode())
         responses += [f"{start}{KEY} OK\r\n\r\n".encode() for start in ("HTTP/1.1 ", "")]
-        for response in responses:
-            for call in CALLS:
-                with self.subTest(response, call=call):
-                    self.check(call, response, CUT)
+        for response, call in itertools.product([*responses, b""], CALLS):
+            with self.subTest(response, call=call):
+                self.check(call, response, CUT)
         events = [event, echoed, delta(KEY[:3], finish="error", error=echoed)]
         rests = [chunked(sse(each)) for each in events]
         rests.append(chunked(f"event: error\ndata: {echoed}\n\n".encode()))
@@ -3863,12 +3838,10 @@ class TestKey(Case):
                 self.assertIn("[key]", shown)
 
     def test_errors_of_the_network_and_of_settings_do_not_show_the_key(self):
-        for steps in ([CUT], [RESET], [STALL]):
-            for url in (self.stub.url, "http://127.0.0.1:1"):
-                for call in CALLS:
-                    with self.subTest(steps, url=url, call=call):
-                        error = self.check(call, *steps, base_url=url, timeout=0.05)
-                        self.assertIsNone(error.body)
+        for call in CALLS:
+            for settings in ({"timeout": 0.05}, {"base_url": "http://127.0.0.1:1"}):
+                with self.subTest(call, **settings):
+                    self.assertIsNone(self.check(call, STALL, **settings).body)
         for url in (KEY, KEY + "\n", "Bearer " + KEY):
             error = self.error(lowrouter.ConfigError, self.client, base_url=url)
             self.assert_key_is_hidden(str(error))
@@ -3933,13 +3906,12 @@ class TestKey(Case):
         for call in CALLS:
             for status, target in zip((300, 301, 302, 303, 304, 305, 307, 308), targets):
                 with self.subTest(status, target=target, call=call):
-                    location = f"Location: {target}"
-                    self.stub.play(head(f"{status} Moved", location, "Content-Length: 0"))
-                    error = self.error(lowrouter.BadResponseError, CALLS[call], self.client())
+                    moved = head(f"{status} Moved", f"Location: {target}", "Content-Length: 0")
+                    error = failed_call(self, lowrouter.BadResponseError, call, moved)
                     self.assertRegex(str(error), f"{status}.*{re.escape(targets[target])}")
                     self.assertNotIn(NEVER_SHOWN, str(error))
-        self.stub.play(head("302 Found", "Content-Length: 0"))  # without a Location
-        self.error(lowrouter.BadResponseError, self.client().models)
+        unknown = head("302 Found", "Content-Length: 0")
+        failed_call(self, lowrouter.BadResponseError, "models", unknown)
         self.assertEqual((len(self.stub.requests), other.connections), (41, 0))
 
 
@@ -4057,13 +4029,9 @@ class TestTls(WithCertificates):
                     self.assertNotIn("billed", str(error))
                     self.assertFalse(error.retryable)
             self.assertEqual((stub.requests, stub.connections), ([], len(CALLS)))
-        # Nor is anything sent to a server without TLS.
-        stub = self.gateway()
-        stub.play(head("307 Moved", f"Location: {self.stub.url}", "Content-Length: 0"))
-        self.error(lowrouter.BadResponseError, self.ask, stub, ca_file=self.path("ca.pem"))
-        client = self.client(base_url=self.stub.url.replace("http:", "https:"))
+        client = self.client(base_url=self.stub.url.replace("http:", "https:"))  # without TLS
         self.error(lowrouter.APIConnectionError, client.chat, "Hello")
-        self.assertEqual((len(stub.requests), self.stub.requests), (1, []))
+        self.assertEqual(self.stub.requests, [])
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "descriptors cannot be counted here")
     def test_no_end_of_a_call_leaks_a_descriptor(self):
@@ -4254,34 +4222,24 @@ class TestBounds(Case):
         with self.memory(5):
             for encoding, call in itertools.product(refused, CALLS):
                 with self.subTest(encoding, call=call):
-                    self.stub.play(reply(bomb, content_encoding=encoding))
-                    error = self.error(lowrouter.BadResponseError, CALLS[call], self.client())
+                    encoded = reply(bomb, content_encoding=encoding)
+                    error = failed_call(self, lowrouter.BadResponseError, call, encoded)
                     self.assertIn(encoding, str(error))
                     self.assertIn("proxy", str(error))
         self.assertEqual(self.stub.requests[-1].headers["Accept-Encoding"], "identity")
-        self.stub.play(reply(gzip.compress(b"{}"), "400 Bad", content_encoding="gzip"))
-        error = self.error(lowrouter.APIStatusError, self.client().chat, "Hello")
-        self.assertIn("Bad", str(error))
+        encoded = reply(bomb, "400 Bad", content_encoding="gzip")
+        self.assertIn("Bad", str(failed_call(self, lowrouter.APIStatusError, "chat", encoded)))
         for encoding in ("identity", "Identity ", "", "none", "utf-8"):
-            self.stub.play(reply(SMALL, content_encoding=encoding))
-            self.assertEqual(self.client().chat("Hello").text, "whole")
+            self.assertEqual(self.chat(reply(SMALL, content_encoding=encoding)).text, "whole")
 
     def test_json_that_cannot_be_read_is_a_bad_response(self):
         text = json.dumps(SMALL)
-        bodies = [text.encode("utf-16"), text.encode("utf-32"), text + text, text + "\0", b"", b" "]
+        bodies = [text.encode("utf-16"), text.encode("utf-32"), text + text, text + "\0", " "]
         for body in [*bodies, '{"a":' * 100000, "\ufeff <html>", '{"choices": 5}']:
             for call in ("chat", "stream"):
                 with self.subTest(body[:20], call=call):
-                    self.stub.play(reply(body))
-                    error = self.error(lowrouter.BadResponseError, CALLS[call], self.client())
+                    error = failed_call(self, lowrouter.BadResponseError, call, reply(body))
                     self.assertLess(len(str(error)), 1000)
-        self.stub.play(reply(text.replace("whole", "\xe9").encode("latin-1")))
-        self.error(lowrouter.BadResponseError, self.client().chat, "Hello")
-        for data in ("[" * 100000, '{"choices":' * 100000, "garbage", '{"choices": [{"ind'):
-            with self.subTest(data[:20]):
-                self.stub.play(BEGUN + chunked(sse(data)))
-                error = self.error(lowrouter.StreamError, CALLS["stream"], self.client())
-                self.assertEqual(error.completion.text, "so far")
         odd = [json.dumps({**SMALL, "n": float(name)}) for name in ("inf", "nan")]
         for body in [*odd, "\ufeff" + text]:
             self.assertEqual(self.chat(reply(body)).text, "whole")
@@ -4290,20 +4248,20 @@ class TestBounds(Case):
 class TestVisibleBugs(Case):
     """A bug in lowrouter.py must not look like a failure of the network or of the gateway."""
 
-    def run_traced(self, name, visit):
-        """The error of a call; `visit` gets each line of lowrouter.py before it is run."""
+    def run_traced(self, name, lines, line=None, bug=None):
+        """The error of a call that adds its lines of lowrouter.py, with a bug at one of them."""
 
         def trace(frame, event, arg):
             code = frame.f_code
             if code.co_filename != lowrouter.__file__ or code.co_name == "__del__":
                 return None  # Python itself reports what a destructor raises
             if event == "line":
-                visit(frame.f_lineno)
+                lines.add(frame.f_lineno)
+                if frame.f_lineno == line:
+                    raise bug
             return trace
 
         client = self.client(max_retries=0)
-        # http.client's destructor fails if our constructor did not reach its own.
-        enter(self, mock.patch("sys.unraisablehook"))
         before = sys.gettrace()
         sys.settrace(trace)
         try:
@@ -4315,41 +4273,23 @@ class TestVisibleBugs(Case):
         return None
 
     def test_an_exception_raised_at_any_line_is_raised_as_itself(self):
+        # http.client's destructor fails if our constructor did not reach its own.
+        enter(self, mock.patch("sys.unraisablehook"))
         for name in ("chat", "stream", "models"):
-            lines = []
-            self.assertIsNone(self.run_traced(name, lines.append))
-            lines = sorted(set(lines))
+            lines = set()
+            self.assertIsNone(self.run_traced(name, lines))
             self.assertGreater(len(lines), 100)
             for kind, step in ((ValueError, 1), (TypeError, 6), (KeyError, 6)):
                 disguised = []
-                for line in lines[::step]:
-                    raised = kind("a bug")
-
-                    def visit(reached, line=line, raised=raised):
-                        if reached == line:
-                            raise raised
-
-                    error = self.run_traced(name, visit)
-                    if error is not None and error is not raised:
+                for line in sorted(lines)[::step]:
+                    bug = kind("a bug")
+                    error = self.run_traced(name, set(), line, bug)
+                    if error not in (None, bug):
                         disguised.append(type(error))
                 if kind is ValueError:  # which parsing foreign data raises
                     self.assertLessEqual(len(disguised), len(lines) // 7)
                 else:  # the caller's values may be no JSON
                     self.assertIn(disguised, ([], [lowrouter.ConfigError]))
-
-
-#: The commands of the gateway's page on curl; $ID is the id of an earlier answer.
-CURL_PAGE = {
-    "chat": """$URL/chat/completions -H "$JSON" -d '{"model": "lowrouter/auto", "messages": [
-        {"role": "user", "content": "In one sentence, what is a vector database?"}]}'""",
-    "stream": """-N $URL/chat/completions -H "$JSON" -d '{"model": "lowrouter/auto",
-        "stream": true, "messages": [{"role": "user", "content": "Count to 5 slowly"}]}'""",
-    "route": """$URL/chat/completions -H "$JSON" -d '{"model": "openai/gpt-4o-mini", "messages": [
-        {"role": "user", "content": "Hello"}],
-        "route": {"region": "eu-west", "provider": "openai"}}'""",
-    "models": "$URL/models",
-    "generation": "$URL/generation/$ID",
-}
 
 
 @unittest.skipUnless(shutil.which("curl") and shutil.which("bash"), "needs curl and bash")
@@ -4378,31 +4318,39 @@ class TestCurl(WithCertificates):
         self.assertEqual(*requests)
         self.assertEqual(requests[0][2][0], "Bearer " + KEY)
 
-    def test_each_command_of_the_page_has_its_call(self):
+    def test_each_command_of_the_page_on_curl_has_its_call(self):
         client = self.client()
         name = client.chat("Hello").generation_id
+        question = "In one sentence, what is a vector database?"
         pinned = {"route": {"region": "eu-west", "provider": "openai"}}
-        curl = 'curl -H "Authorization: Bearer $LOWROUTER_API_KEY" '
-        json_type = "Content-Type: application/json"
-        for command, call in (
-            ("chat", lambda: client.chat("In one sentence, what is a vector database?")),
-            ("stream", lambda: client.stream("Count to 5 slowly").result()),
-            ("models", client.models),
-            ("route", lambda: client.chat("Hello", model="openai/gpt-4o-mini", **pinned)),
-            ("generation", lambda: client.generation(name)),
+        mini = {"model": "openai/gpt-4o-mini", **pinned}
+        for prompt, fields, call in (
+            (question, {}, lambda: client.chat(question)),
+            ("Count to 5", {"stream": True}, lambda: client.stream("Count to 5").result()),
+            ("Hello", mini, lambda: client.chat("Hello", model="openai/gpt-4o-mini", **pinned)),
+            ("/models", None, client.models),
+            ("/generation/" + name, None, lambda: client.generation(name)),
         ):
-            with self.subTest(command):
-                output = self.bash(curl + CURL_PAGE[command], ID=name, JSON=json_type)
+            with self.subTest(prompt, fields=fields):
+                command = 'curl -H "Authorization: Bearer $LOWROUTER_API_KEY" -N $URL'
+                if fields is None:
+                    command += prompt
+                else:
+                    messages = [{"role": "user", "content": prompt}]
+                    body = json.dumps({"model": "lowrouter/auto", "messages": messages, **fields})
+                    command += f"/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+                output = self.bash(command)
                 ours = call()
                 self.assert_same_request()
-                if command == "stream":
+                if output.startswith("data: "):
                     self.assertTrue(output.endswith("data: [DONE]\n\n"))
-                elif command in ("chat", "route"):
-                    self.assertEqual(json.loads(output)["choices"], ours["choices"])
-                    self.assertEqual(json.loads(output)["lowrouter"]["eco"], ours.eco)
-                else:
-                    output = json.loads(output)
+                    continue
+                output = json.loads(output)
+                if fields is None:
                     self.assertEqual(output.get("data", output), ours)
+                else:
+                    self.assertEqual(output["choices"], ours["choices"])
+                    self.assertEqual(output["lowrouter"]["eco"], ours.eco)
 
     def test_the_printed_command_survives_bash(self):
         client = self.client()
