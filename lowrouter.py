@@ -30,7 +30,6 @@ import collections
 import contextlib
 import email.utils
 import http.client
-import io
 import itertools
 import json
 import os
@@ -406,6 +405,8 @@ def _error_from_body(
         elif body and not message:
             message = text
     code = found.get("code") or found.get("type")
+    if not isinstance(code, (str, int)):
+        code = None
     return kind(happened, message=message, code=code, body=body, advice=advice, **details)
 
 
@@ -591,7 +592,7 @@ class _Key:
         problem = "must be a string of printable ASCII without white space"
         if isinstance(key, str):
             key = key.strip()
-            if key[0] in "'\"":
+            if key.startswith(("'", '"')):
                 problem = "is wrapped in quotes: remove them"
             elif re.fullmatch("[!-~]+", key):
                 self.value = key
@@ -659,8 +660,10 @@ def _find_proxy(host: str, port: int) -> _Proxy | None:
     if not url or _is_bypassed(host, port, variables.get("no", "")):
         return None
     match = re.fullmatch(_PROXY_URL, url)
-    if match and url.isascii() and 0 < int(match["port"] or 80) < 65536:
-        return _Proxy(match)
+    with contextlib.suppress(UnicodeError):
+        if match and url.isascii() and 0 < int(match["port"] or 80) < 65536:
+            match["host"].encode("idna")  # the resolver would raise UnicodeError
+            return _Proxy(match)
     del variables, url, match  # a traceback may show local variables
     example = "http://user:p%40ss@host:port, where p%40ss is the password p@ss"
     raise ConfigError(f"HTTPS_PROXY must look like {example}")
@@ -784,9 +787,8 @@ class _Timed(socket.socket):
     def apply_timeout(self) -> None:
         self.settimeout(self.clock.seconds_left())
 
-    def upload(self, data: bytes) -> None:
+    def upload(self, view: memoryview) -> None:
         """Send all the data, and start the timeout anew after each block."""
-        view = memoryview(data)
         while view:
             self.clock.start("send")
             self.apply_timeout()
@@ -1013,7 +1015,7 @@ class _Handler(urllib.request.BaseHandler):
         try:
             # A server that closes the connection may have sent a reason before that, such as 413.
             with contextlib.suppress(ConnectionError, ssl.SSLError):
-                sock.upload(request.to_bytes())
+                sock.upload(memoryview(request.to_bytes()))  # whose repr does not show the key
                 request.was_sent = True
                 request.clock.start("response")
             response.begin()
@@ -1393,8 +1395,11 @@ def _grow(before: Any, value: Any) -> Any:
 
 
 def _is_whole(function: Json) -> bool:
-    """Whether the arguments of a tool call are complete."""
-    return isinstance(_json_or_text(_copy(function.get("arguments", ""))), dict)
+    """Whether the arguments of a tool call are complete: an object, or the JSON of one."""
+    arguments = _copy(function.get("arguments"))
+    if isinstance(arguments, str):
+        arguments = _json_or_text(arguments)
+    return isinstance(arguments, dict)
 
 
 def _find_tool_call(calls: list[Json], piece: Json) -> Json:
@@ -1406,7 +1411,7 @@ def _find_tool_call(calls: list[Json], piece: Json) -> Json:
         function = _dict_or_empty(call.get("function"))
         if index is not None:
             found = call.get("index") == index
-            if call_id and name and call.get("id") not in (None, call_id):
+            if call_id and name and call.get("id") not in (None, "", call_id):
                 found = False  # several servers give all calls the same index
         elif call_id:
             found = call.get("id") == call_id
@@ -1436,7 +1441,7 @@ def _merge(target: Json, piece: Json, depth: int = _MAX_DEPTH) -> None:
                 _merge(_find_tool_call(target[name], call), call, depth - 1)
         elif isinstance(value, list):
             target[name] = _grow(before, value)
-        elif isinstance(value, dict) and depth:
+        elif isinstance(value, dict) and depth and not isinstance(before, (bytearray, list)):
             target[name] = dict(_dict_or_empty(before))
             _merge(target[name], value, depth - 1)
         elif not isinstance(before, (bytearray, list, dict)) or not before:
@@ -1449,7 +1454,8 @@ def _unstreamed(message: Json, whole: Json) -> Json:
     for name, value in whole.items():
         before = _copy(message.get(name))
         if isinstance(value, str) and isinstance(before, str):
-            rest[name] = value[len(before) :]
+            if value.startswith(before):  # otherwise the deltas count
+                rest[name] = value[len(before) :]
         elif not before:
             rest[name] = value
     return rest
@@ -1457,8 +1463,8 @@ def _unstreamed(message: Json, whole: Json) -> Json:
 
 def _is_finished(choice: Json) -> bool:
     """Whether a choice has a real finish reason; some servers send a placeholder before it."""
-    reason = str(choice.get("finish_reason") or "").strip().lower()
-    return reason not in ("", "null", "none", "error")
+    reason = _str_or_none(choice.get("finish_reason")) or ""
+    return reason.lower() not in ("", "null", "none", "error")
 
 
 def _parse_completion(call: _Call) -> Completion:
@@ -1584,8 +1590,9 @@ class Stream:
         """Read the next chunk, or None at the end of a complete answer from the pinned route."""
         try:
             for name, data in self._events:
-                self._call.clock.start("idle")
-                if data.startswith("[DONE]"):
+                if name is not None:
+                    self._call.clock.start("idle")
+                if name in (None, "", "message") and data.strip(' \t"').startswith("[DONE]"):
                     self._is_done = True
                     break
                 chunk = self._parse_event(name, data)
@@ -1593,7 +1600,8 @@ class Stream:
                     return chunk
         except _NETWORK_ERRORS:
             if not self._is_complete():
-                raise  # otherwise only the end of the connection was lost
+                raise
+            self._call.close()  # only the end was lost, but the connection is in doubt
         if not self._is_complete():
             happened = "ended the stream before the answer was complete"
             raise _error_from_body(StreamError, happened, self._other_text)
@@ -1612,7 +1620,7 @@ class Stream:
         elif is_object:
             if "error" in data or ("choices" not in value and name in (None, "", "message")):
                 failed = _failed_part(value)
-        elif name in ("", "message") or data.lstrip().startswith(("<", "[")):
+        elif name in ("", "message") or (name is None and data.lstrip().startswith(("<", "["))):
             if not self._is_complete():
                 failed = value
         if name is None and not failed:
@@ -1814,12 +1822,18 @@ class Client:
         """Close the idle connections. Open streams stay open."""
         self._handler.pool.close()
 
-    def _new_call(
-        self, method: str, path: str, body: Any = None, timeout: Any = None, deadline: Any = None
-    ) -> _Call:
+    def _new_clock(self, options: Json) -> _Clock:
+        """Take the time limits out of the options of a call, and start the clock."""
+        timeout = options.pop("timeout", None)
+        deadline = options.pop("deadline", None)
         timeout = self._timeout if timeout is None else timeout
         deadline = self._deadline if deadline is None else deadline
-        clock = _Clock(_seconds("timeout", timeout, 0), _seconds("deadline", deadline))
+        return _Clock(_seconds("timeout", timeout, 0), _seconds("deadline", deadline))
+
+    def _new_call(
+        self, method: str, path: str, body: Any = None, clock: _Clock | None = None
+    ) -> _Call:
+        clock = clock or self._new_clock({})
         data = b"" if body is None else _json_bytes(body)
         call = _Call(self._endpoint, self._key.current(), method, path, data, clock)
         headers = {"Host": self._endpoint.netloc, "Accept-Encoding": "identity"}
@@ -1841,9 +1855,9 @@ class Client:
         return call.run(self._opener, parse, self._max_retries, self._on_retry)
 
     def _chat(self, messages: Any, streams: bool, options: Json, parse: Callable[[_Call], T]) -> T:
-        limits = [options.pop("timeout", None), options.pop("deadline", None)]
+        clock = self._new_clock(options)
         body = _chat_body(messages, streams, self._defaults, options)
-        call = self._new_call("POST", "/chat/completions", body, *limits)  # [docs]
+        call = self._new_call("POST", "/chat/completions", body, clock)  # [docs]
         self._pin(call, body)
         if isinstance(body.get("n"), int):
             call.choices_requested = max(1, body["n"])
@@ -1865,8 +1879,7 @@ class Client:
         The command takes the key from the environment; while it runs, the list of processes shows
         the key. Raises `ConfigError` for what cannot be sent.
         """
-        options.pop("timeout", None)
-        options.pop("deadline", None)
+        self._new_clock(options)  # raises for limits that `chat()` would refuse
         body = _chat_body(messages, stream, self._defaults, options)
         flags = []
         if stream:
@@ -2133,7 +2146,7 @@ def _exit_status(error: BaseException) -> int:
     """The exit status for an error; the main help lists them."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, ConfigError) or getattr(error, "filename", None):
+    if isinstance(error, ConfigError) or getattr(error, "filename", None) is not None:
         return 2  # also a file that cannot be opened
     if not isinstance(error, LowRouterError):
         return 1
@@ -2177,7 +2190,7 @@ def _chat_fields(args: Any) -> Any:
         name, equals, value = field.partition("=")
         if not name or not equals:
             raise ConfigError(f"-p takes KEY=VALUE, and {field!r} is not one")
-        body[name] = _json_or_string(_text_or_file(value))
+        body[_utf8(name)] = _json_or_string(_text_or_file(value))
     body["stream"] = (body.get("stream") is not False and not args.no_stream) or None
     if args.model:
         body["model"] = _utf8(args.model)
@@ -2186,6 +2199,7 @@ def _chat_fields(args: Any) -> Any:
         route = body.get("route") or {}
         if pin and isinstance(route, dict):
             body["route"] = {**route, name: _utf8(pin)}
+    system = args.system and _text_or_file(args.system)  # before the prompt: it may be @-
     prompt = _utf8(args.PROMPT or "")
     if prompt == "-" or not sys.stdin.isatty():
         piped = _read("-", args.deadline).rstrip("\r\n")
@@ -2195,8 +2209,8 @@ def _chat_fields(args: Any) -> Any:
         raise ConfigError("no prompt: give it as an argument, through a pipe or with --body")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    if args.system and isinstance(messages, list):
-        messages.insert(0, {"role": "system", "content": _text_or_file(args.system)})
+    if system and isinstance(messages, list):
+        messages.insert(0, {"role": "system", "content": system})
     body["messages"] = messages
     return body
 
@@ -2361,7 +2375,10 @@ def _jobs(source: Any, client: Client) -> Iterator[Any]:
             body = {"messages": None, **body, "stream": None, "stream_options": None}
             _curl(client, body)
         except (ValueError, RecursionError) as error:  # ConfigError is a ValueError too
-            raise ConfigError(f"line {number} of {source.name}: {error}") from None
+            problem = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                problem = f"this is not JSON: {error.msg} at column {error.colno}"
+            raise ConfigError(f"line {number} of {source.name}: {problem}") from None
         lines[custom_id] = number
         yield custom_id, body
 
@@ -2446,8 +2463,9 @@ def _show_progress(totals: Json, size: int) -> None:
     text = f"[{bar:<10}] {done} of {size}, {totals['failed']} failed"
     width = get_terminal_size().columns - 1
     end = "\r" if done < size else "\n"
-    sys.stderr.write(f"{text:{width}.{width}}{end}")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal was closed; the batch goes on
+        sys.stderr.write(f"{text:{width}.{width}}{end}")
+        sys.stderr.flush()
 
 
 class _Batch:
@@ -2741,7 +2759,9 @@ def _parse(text: str, words: list[str]) -> Any:
             option = name if name.isupper() else f"--{name}"
             raise ConfigError(f"{option} is empty: is a variable of the shell not set?")
     for word in unknown:
-        hint = "put the prompt in quotes, after -- if it begins with a dash"
+        hint = "--help shows what the command takes"
+        if "PROMPT" in args:
+            hint = "put the prompt in quotes, after -- if it begins with a dash"
         known = re.findall("--[a-z-]+", text)
         for similar in difflib.get_close_matches(word.split("=")[0], known, 1):
             hint = f"did you mean {similar}?"
@@ -2783,8 +2803,10 @@ def _describe(error: BaseException, status: int, as_json: bool) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; without `argv`, end the program with it."""
+    from io import BytesIO, TextIOWrapper
+
     for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name) or io.TextIOWrapper(io.BytesIO())  # None if it is closed
+        stream = getattr(sys, name) or TextIOWrapper(BytesIO())  # None if it is closed
         setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")

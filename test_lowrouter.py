@@ -65,7 +65,6 @@ import inspect
 import io
 import itertools
 import json
-import logging
 import os
 import pathlib
 import pickle
@@ -93,7 +92,6 @@ import tracemalloc
 import unittest
 import urllib.parse
 import urllib.request
-import warnings
 import zipfile
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler
@@ -758,11 +756,7 @@ class Clean(unittest.TestCase):
 # ---- what the tests of several sections share ---------------------------------------------------
 
 NEVER_SHOWN = "never-shown-0123456789"  # part of values that no message may repeat
-ERRORS = [
-    each
-    for each in (getattr(lowrouter, name) for name in lowrouter.__all__)
-    if inspect.isclass(each) and issubclass(each, lowrouter.LowRouterError)
-]
+ERRORS = [getattr(lowrouter, name) for name in lowrouter.__all__ if name.endswith("Error")]
 
 
 def head(*lines):
@@ -943,9 +937,9 @@ def all_that_shows(error):
     todo = [error]
     seen = []
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        texts.append(pickle.dumps(error, protocol).decode("latin-1"))
-        copied = pickle.loads(pickle.dumps(error, protocol))
-        texts.append(repr((str(copied), vars(copied))))
+        data = pickle.dumps(error, protocol)
+        copied = pickle.loads(data)
+        texts.append(repr((data, str(copied), vars(copied))))
     while todo:
         each = todo.pop()
         if each is None or each in seen:
@@ -958,8 +952,8 @@ def all_that_shows(error):
         for frame, _ in traceback.walk_tb(each.__traceback__):  # as error reporters show them
             if frame.f_code.co_filename == lowrouter.__file__:
                 texts.append(repr(frame.f_locals))
-        if getattr(each, "headers", None) is not None:
-            texts.append(repr(each.headers.items()))
+        headers = getattr(each, "headers", None) or {}
+        texts.append(repr(headers.items()))
     return "\n".join(texts)
 
 
@@ -1016,35 +1010,17 @@ class Case(Clean):
 
 
 OPENSSL_CONFIGURATION = """
-[ca]
-default_ca = us
-[us]
-database = index.txt
-serial = serial.txt
-new_certs_dir = .
-default_md = sha256
-policy = any
-unique_subject = no
-[any]
-commonName = supplied
 [req]
 distinguished_name = name
-prompt = no
 [name]
-commonName = x
 [root]
 basicConstraints = critical, CA:TRUE
 keyUsage = critical, keyCertSign, cRLSign
 subjectKeyIdentifier = hash
 [leaf]
-basicConstraints = CA:FALSE
-subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
-extendedKeyUsage = serverAuth
 subjectAltName = DNS:localhost, DNS:gateway.test, IP:127.0.0.1
 [other]
-basicConstraints = CA:FALSE
-subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 subjectAltName = DNS:other.test
 """
@@ -1066,25 +1042,20 @@ class WithCertificates(Case):
 
     @classmethod
     def make_certificates(cls):
-        files = {"openssl.cnf": OPENSSL_CONFIGURATION, "index.txt": "", "serial.txt": "01"}
-        for name, text in {**files, "garbage.pem": "?"}.items():
-            with open(cls.path(name), "w", encoding="ascii") as file:
-                file.write(text)
+        for name, text in (("openssl.cnf", OPENSSL_CONFIGURATION), ("garbage.pem", "?")):
+            pathlib.Path(cls.path(name)).write_text(text, encoding="ascii")
         new = "req -config openssl.cnf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
         for name in ("ca", "stranger"):
             root = f"-subj /CN={name} -extensions root -days 2"
             cls.openssl(f"{new} -x509 -keyout {name}.key -out {name}.pem {root}")
         own = "-subj /CN=localhost -days 2 -addext subjectAltName=DNS:localhost"
         cls.openssl(f"{new} -x509 -keyout selfsigned.key -out selfsigned.pem {own}")
-        past = "-startdate 20200101000000Z -enddate 20210101000000Z"
-        for name, section, dates in (
-            ("good", "leaf", "-days 2"),
-            ("expired", "leaf", past),
-            ("wronghost", "other", "-days 2"),
-        ):
+        sign = "x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -sha256"
+        sign += " -extfile openssl.cnf"
+        for name, days in (("good", 2), ("expired", -1), ("wronghost", 2)):
+            section = "other" if name == "wronghost" else "leaf"
             cls.openssl(f"{new} -keyout {name}.key -out request.pem -subj /CN={name}")
-            sign = "ca -batch -config openssl.cnf -keyfile ca.key -cert ca.pem -notext"
-            cls.openssl(f"{sign} -in request.pem -out {name}.pem -extensions {section} {dates}")
+            cls.openssl(f"{sign} -out {name}.pem -days {days} -extensions {section}")
         os.mkdir(cls.path("hashed"))
         digest = cls.openssl("x509 -hash -noout -in ca.pem").strip()
         shutil.copy(cls.path("ca.pem"), cls.path(os.path.join("hashed", digest + ".0")))
@@ -1153,17 +1124,6 @@ def count_tokens(source):
     return +counts  # without the lines that have none
 
 
-def nesting(node):
-    """Return how deep the blocks in a function are nested; an `elif` is as deep as its `if`."""
-    deepest = 0
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, DEFINITIONS):
-            is_elif = isinstance(child, ast.If) and getattr(node, "orelse", None) == [child]
-            level = int(isinstance(child, BLOCKS) and not is_elif)
-            deepest = max(deepest, level + nesting(child))
-    return deepest
-
-
 def names_used_too_early(source):
     """Return (user, used) for each module-level name that is used above its definition."""
     lines = {}
@@ -1186,27 +1146,25 @@ class TestPromises(Clean):
     LIBRARY_TOKENS = 12_200
     COMMAND_LINE_TOKENS = 4_600
     TOKENS_PER_LINE = 9.0
-    COLUMNS = 100
     FUNCTION_LINES = 40
     NESTING = 3
 
     def setUp(self):
         super().setUp()
         self.path = os.path.abspath(lowrouter.__file__)
-        with open(self.path, encoding="utf-8") as file:
-            self.source = file.read()
+        self.source = pathlib.Path(self.path).read_text(encoding="utf-8")
         self.library = self.source.partition(BANNER)[0]
-        self.nodes = list(ast.walk(ast.parse(self.source)))
-        self.functions = [node for node in self.nodes if isinstance(node, ast.FunctionDef)]
+        nodes = ast.walk(ast.parse(self.source))
+        self.functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
 
-    def run_python(self, code, *arguments, path=None, **variables):
+    def run_python(self, code, *arguments, path=None):
         """Return what a new Python prints that imports from `path` and has few variables."""
         keep = ("SYSTEMROOT", "LD_LIBRARY_PATH", "COVERAGE_PROCESS_START")
         environment = {name: os.environ[name] for name in keep if name in os.environ}
         environment["PYTHONPATH"] = path or os.path.dirname(self.path)
-        environment.update(self.stub.env, PYTHONDONTWRITEBYTECODE="1", **variables)
+        environment.update(self.stub.env, PYTHONDONTWRITEBYTECODE="1", HOME="/nonexistent")
         command = [sys.executable, "-W", "error", *arguments, "-c", textwrap.dedent(code)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "universal_newlines": True}
         done = subprocess.run(command, env=environment, cwd=self.folder, timeout=60, **pipes)
@@ -1221,13 +1179,12 @@ class TestPromises(Clean):
         self.assertLessEqual(library, self.LIBRARY_TOKENS)
         self.assertLessEqual(total - library, self.COMMAND_LINE_TOKENS)
         self.assertLessEqual(total / len(counts), self.TOKENS_PER_LINE)
-        lines = enumerate(self.source.splitlines(), 1)
-        self.assertEqual([number for number, line in lines if len(line) > self.COLUMNS], [])
-        self.assertFalse("\t" in self.source)
         for function in self.functions:
             lines = [n for n in counts if function.lineno <= n <= function.end_lineno]
             self.assertLessEqual(len(lines), self.FUNCTION_LINES, function.name)
-            self.assertLessEqual(nesting(function), self.NESTING, function.name)
+            blocks = [node for node in ast.walk(function) if isinstance(node, BLOCKS)]
+            deepest = max((block.col_offset for block in blocks), default=0)
+            self.assertLessEqual(deepest - function.col_offset, 4 * self.NESTING, function.name)
 
     def test_no_name_is_used_above_its_definition(self):
         self.assertEqual(names_used_too_early(self.source), [])
@@ -1237,11 +1194,9 @@ class TestPromises(Clean):
 
     @unittest.skipIf(sys.version_info < (3, 10), "this Python has no list of its own modules")
     def test_it_imports_the_standard_library_only(self):
-        imports = (ast.Import, ast.ImportFrom)
-        nodes = [node for node in self.nodes if isinstance(node, imports)]
-        modules = [getattr(node, "module", None) or node.names[0].name for node in nodes]
-        names = {name.partition(".")[0] for name in modules}
-        self.assertEqual(names - set(sys.stdlib_module_names), set())
+        names = re.findall(r"(?m)^ *(?:from|import) (\w+)", self.source)
+        self.assertIn("json", names)
+        self.assertEqual(set(names) - set(sys.stdlib_module_names), set())
 
     def test_importing_opens_nothing_reads_no_variable_and_adds_few_modules(self):
         opened, modules = json.loads(self.run_python(IMPORT_CHECK))
@@ -1266,12 +1221,7 @@ class TestPromises(Clean):
             for function in filter(inspect.isfunction, functions):
                 if function.__module__ == lowrouter.__name__ and function.__name__ != "request":
                     self.assertTrue(inspect.getdoc(function), function)
-                    result = function.__annotations__["return"]
-                    self.assertNotIn(result, ("Any", "object"), function)
-        for function in self.functions:
-            arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
-            known = [each for each in arguments if each.annotation or each.arg in ("self", "cls")]
-            self.assertTrue(function.returns and known == arguments, function.name)
+                    self.assertNotIn(function.__annotations__["return"], ("Any", "object"))
 
     def test_it_runs_from_a_zip_without_a_home_as_byte_code_optimised_vendored_and_cut(self):
         source = os.path.dirname(self.path)
@@ -1284,9 +1234,8 @@ class TestPromises(Clean):
         shutil.copy(self.path, os.path.join(self.folder, "pkg", "_vendor"))
         self.assertTrue(BANNER in self.source)
         cut = os.path.join(self.folder, "cut")
-        os.mkdir(cut)
-        with open(os.path.join(cut, "lowrouter.py"), "w", encoding="utf-8") as file:
-            file.write(self.library)  # without the command line
+        os.mkdir(cut)  # for a copy without the command line
+        pathlib.Path(cut, "lowrouter.py").write_text(self.library, encoding="utf-8")
         code = """
             import pickle, {0} as module
             from {0} import *
@@ -1296,17 +1245,13 @@ class TestPromises(Clean):
                 copied = pickle.loads(pickle.dumps(error))
                 print(module.__file__, type(copied).__module__, type(copied).__name__)
         """
-        for path, module, arguments, variables in (
-            (archive, "lowrouter", [], {}),
-            (source, "lowrouter", [], {"HOME": "/nonexistent"}),
-            (compiled, "lowrouter", [], {}),
-            (source, "lowrouter", ["-OO"], {}),
-            (self.folder, "pkg._vendor.lowrouter", [], {}),
-            (cut, "lowrouter", [], {}),
+        for path, module, *arguments in (
+            *((folder, "lowrouter") for folder in (archive, compiled, cut)),
+            (source, "lowrouter", "-OO"),
+            (self.folder, "pkg._vendor.lowrouter"),
         ):
             with self.subTest(path, module=module, arguments=arguments):
-                script = code.format(module)
-                found = self.run_python(script, *arguments, path=path, **variables).split()
+                found = self.run_python(code.format(module), *arguments, path=path).split()
                 self.assertTrue(found[0].startswith(path), found)
                 self.assertEqual(found[1:], [module, "AuthenticationError"])
 
@@ -1315,22 +1260,16 @@ class TestPromises(Clean):
             self.assertTrue(re.search(rf"(?m)^# {line}", self.source), line)
         self.assertRegex(lowrouter.__version__, r"\A\d+\.\d+\.\d+\Z")
         self.assertEqual(self.source.count(lowrouter.__version__), 1)
-        project = os.path.join(os.path.dirname(self.path), "pyproject.toml")
-        if os.path.exists(project):
-            with open(project, encoding="utf-8") as file:
-                self.assertNotIn(lowrouter.__version__, file.read())
+        project = pathlib.Path(self.path).with_name("pyproject.toml")
+        if project.exists():
+            self.assertNotIn(lowrouter.__version__, project.read_text(encoding="utf-8"))
 
     def test_the_library_never_prints_and_swallows_no_bugs(self):
-        found = set()
-        for node in ast.walk(ast.parse(self.library)):
-            if isinstance(node, ast.Call):
-                found.add(getattr(node.func, "id", ""))
-            elif isinstance(node, ast.ExceptHandler):
-                found.add(ast.dump(node.type) if node.type else "bare")
-            elif isinstance(node, ast.Assert):
-                found.add("assert")  # which does nothing under -O
-        exception = ast.dump(ast.parse("Exception", mode="eval").body)
-        self.assertEqual(found & {"print", "input", exception, "bare", "assert"}, set())
+        tokens = tokenize.generate_tokens(io.StringIO(self.library).readline)
+        words = [each.string for each in tokens if each.type in (tokenize.NAME, tokenize.OP)]
+        code = " ".join(words)  # without comments and docstrings
+        self.assertNotRegex(code, r"\b(print|input) \(|\bexcept (Exception\b|:)")
+        self.assertNotIn(" assert ", code)  # which does nothing under -O
         self.assertNotRegex(self.source, r"\b(TODO|FIXME|XXX)\b")
 
 
@@ -1343,9 +1282,8 @@ class TestAnswers(Case):
         first = {"index": 0, "message": {"content": "a"}}
         second = {"index": 1, "message": {"content": "b"}}
         table = [
+            *(({"usage": value, "lowrouter": value}, "") for value in (None, 5, [])),
             ({}, ""),
-            ({"usage": None, "lowrouter": None}, ""),
-            ({"usage": 5, "lowrouter": []}, ""),
             *(({"choices": value}, "") for value in ([], None, {"0": 1}, [None], ["text"])),
             *(({"choices": [value]}, "") for value in ({"index": 0}, {"message": None}, second)),
             *(({"choices": [{"message": {"content": value}}]}, "") for value in (None, 5, [])),
@@ -1382,9 +1320,8 @@ class TestAnswers(Case):
     def test_headers_name_the_route_where_the_block_does_not(self):
         names = ("generation_id", "provider", "region")
         headers = {f"x_lowrouter_{name}": "my " + name for name in names}
-        data = answer("Hello", lowrouter=None)
-        result = self.chat(reply(data, x_credit_balance="12.5", **headers))
-        self.assertEqual(result, data)
+        response = reply(answer("Hello", lowrouter=None), x_credit_balance="12.5", **headers)
+        result = self.chat(response)
         self.assertEqual([getattr(result, name) for name in names], ["my " + n for n in names])
         self.assertEqual(result.headers["x-credit-BALANCE"], "12.5")
         result = self.chat(reply(answer(region="us-east"), **headers))
@@ -1405,8 +1342,17 @@ class TestAnswers(Case):
 
 # ---- errors -------------------------------------------------------------------------------------
 
+STATUS_ERRORS = {
+    401: lowrouter.AuthenticationError,
+    402: lowrouter.InsufficientCreditsError,
+    403: lowrouter.PermissionDeniedError,
+    404: lowrouter.NotFoundError,
+    429: lowrouter.RateLimitError,
+    503: lowrouter.NoProviderError,
+}
 # Python 3.14 can parse all of them, and no version can pickle the deepest.
 DEEP = ["[" * depth + "]" * depth for depth in (50, 300, 500, 700, 900, 60_000)]
+DEEP_BODIES = ("%s", '{"error": {"message": %s}}', '{"error": {"message": "text", "code": %s}}')
 #: Bodies of errors: who sends one like it, the body, and the message and the code that users see.
 ERROR_BODIES = [
     ("OpenAI", {"error": {"message": "text", "code": "c", "type": "t"}}, "text", "c"),
@@ -1414,11 +1360,9 @@ ERROR_BODIES = [
     ("OpenRouter", {"error": {"message": "text", "code": 418}}, "text", 418),
     ("Ollama", {"error": "text"}, "text", None),
     ("Mistral", {"object": "error", "message": "text", "code": "c"}, "text", "c"),
-    ("AWS", {"message": "text"}, "text", None),
     ("AWS", {"Message": "text"}, "text", None),
     ("problem document", {"title": "a", "detail": "text", "status": 418}, "text", None),
     ("problem document", {"type": "about:blank", "title": "text"}, "text", mock.ANY),
-    ("FastAPI", {"detail": "text"}, "text", None),
     ("FastAPI", {"detail": [{"loc": ["body"], "msg": "text"}]}, "text", None),
     ("Google", [{"error": {"code": 400, "message": "text", "status": "s"}}], "text", 400),
     ("Cloudflare", {"success": False, "errors": [{"code": 7, "message": "text"}]}, "text", 7),
@@ -1428,8 +1372,7 @@ ERROR_BODIES = [
     ("JSON in a string", {"error": {"message": '{"error": {"message": "text"}}'}}, "text", None),
     ("JSON in a string", '"{\\"error\\": \\"text\\"}"', "text", None),
     ("a byte order mark", "\ufeff" + '{"error": "text"}', "text", None),
-    ("nginx", "<html>\r\n<head><title>413 Too Large</title></head>", "413 Too Large", None),
-    ("captive portal", "\r\n<html><title>\n Sign in </title>", "Sign in", None),
+    ("captive portal", "\r\n<html>\r\n<head><title>\n Sign in </title>", "Sign in", None),
     ("page without a title", "<!doctype html><body>Bad\ngateway</body>", "", None),
     ("page that is slow to search", "<html><title>" + " " * 60_000, "", None),
     ("Envoy", "upstream connect error. reset: text", "upstream connect error. reset: text", None),
@@ -1440,10 +1383,7 @@ ERROR_BODIES = [
     *(("odd JSON", {"error": each}, mock.ANY, None) for each in (None, {}, ["text"])),
     ("odd JSON", {"error": {"message": {"deep": "text"}}}, mock.ANY, None),
     ("odd JSON", '{"choices": null}', mock.ANY, None),
-    *(("deep", '{"error": {"message": "text", "x": %s}}' % x, mock.ANY, mock.ANY) for x in DEEP),
-    *(("deep", '{"error": {"message": "text", "code": %s}}' % x, mock.ANY, mock.ANY) for x in DEEP),
-    *(("deep", '{"error": {"message": %s}}' % x, mock.ANY, None) for x in DEEP),
-    *(("deep", x, mock.ANY, None) for x in DEEP),
+    *(("deep", body % x, mock.ANY, mock.ANY) for body in DEEP_BODIES for x in DEEP),
     ("garbage", '{"choices": [], "a": "\xff"}'.encode("latin-1"), mock.ANY, None),
     ("a stream", "data: text", "data: text", None),
     *(("garbage", body, mock.ANY, None) for body in ("[" * 50_000, b"\xff\xfe\x00", "9" * 5000)),
@@ -1452,19 +1392,16 @@ ERROR_BODIES = [
 
 class TestErrors(Case):
     def test_the_class_says_whose_fault_it_is(self):
-        status = "Authentication InsufficientCredits PermissionDenied NotFound RateLimit NoProvider"
-        others = "Config APIConnection BadResponse RouteMismatch APIStatus"
-        for base, names in (
-            (ValueError, "Config"),
-            (ConnectionError, "APIConnection"),
-            (TimeoutError, "APITimeout"),
-            (lowrouter.APIConnectionError, "APITimeout"),
-            (lowrouter.APIStatusError, status),
-            (lowrouter.BadResponseError, "Stream"),
-            (lowrouter.LowRouterError, others),
+        for error, base in (
+            *((each, lowrouter.LowRouterError) for each in ERRORS),
+            *((each, lowrouter.APIStatusError) for each in STATUS_ERRORS.values()),
+            (lowrouter.ConfigError, ValueError),
+            (lowrouter.APIConnectionError, ConnectionError),
+            (lowrouter.APITimeoutError, TimeoutError),
+            (lowrouter.APITimeoutError, lowrouter.APIConnectionError),
+            (lowrouter.StreamError, lowrouter.BadResponseError),
         ):
-            for name in names.split():
-                self.assertTrue(issubclass(getattr(lowrouter, name + "Error"), base), name)
+            self.assertTrue(issubclass(error, base), error)
 
     def test_every_error_pickles_with_everything_that_it_carries(self):
         partial = self.chat(reply(answer("Hello"), x_request_id="7"))
@@ -1481,26 +1418,24 @@ class TestErrors(Case):
                     self.assertEqual(error.headers["x-request-id"], "7")
 
     def test_each_status_has_a_class_and_the_reason_of_the_gateway(self):
-        kinds = {401: "Authentication", 402: "InsufficientCredits", 403: "PermissionDenied"}
-        kinds.update({404: "NotFound", 429: "RateLimit", 503: "NoProvider"})
         body = {"error": {"message": "no, because", "code": "because"}}
         headers = {"x_request_id": "req_1", "x_lowrouter_generation_id": "gen_1"}
         expected = {"code": "because", "message": "no, because", "body": body, "retry_after": 7}
         expected.update(request_id="req_1", generation_id="gen_1", completion=None)
         client = self.client(max_retries=0)
-        more = (400, 408, 409, 413, 422, 451, 500, 501, 502, 504, 505, 520, 524, 529, 599)
-        for status in (*kinds, *more):
+        others = (400, 408, 409, 413, 422, 451, 500, 501, 502, 504, 505, 520, 524, 529, 599)
+        for status in (*STATUS_ERRORS, *others):
             with self.subTest(status):
                 self.stub.play(reply(body, f"{status} No", retry_after="7", **headers))
                 error = self.error(lowrouter.LowRouterError, client.chat, "Hi")
-                kind = kinds.get(status, "APIStatus") + "Error"
-                self.assertIs(type(error), getattr(lowrouter, kind))
+                kind = STATUS_ERRORS.get(status, lowrouter.APIStatusError)
+                self.assertIs(type(error), kind)
                 self.assertEqual({name: getattr(error, name) for name in expected}, expected)
                 self.assertEqual((error.status, error.headers["x-request-id"]), (status, "req_1"))
                 for part in (f"127.0.0.1:{self.stub.port}", str(status), "no, because"):
                     self.assertIn(part, str(error))
                 self.assertEqual("billed" in str(error), status in (504, 520, 524))
-                if status not in kinds:
+                if status not in STATUS_ERRORS:
                     self.assertEqual("later" in str(error), error.retryable)
 
     def test_the_reason_is_found_in_error_bodies_of_any_shape(self):
@@ -1562,10 +1497,10 @@ class TestErrors(Case):
     def test_an_error_after_the_response_headers_has_their_generation_id(self):
         client = self.client(max_retries=0)
         headers = {"X_LowRouter_Generation_ID": "gen_7"}
-        failed = {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]}
-        responses = [reply(body, **headers) for body in ("<html>", {"error": "no"}, failed)]
-        steps = [[reply("", "500 Oh", **headers)], *([each] for each in responses)]
-        for step in (*steps, [responses[-1][:-5], CUT]):
+        bodies = ("<html>", {"error": "no"}, answer("a", lowrouter=None, finish_reason="error"))
+        steps = [[reply(body, **headers)] for body in bodies]
+        steps += [[reply("", "500 Oh", **headers)], [steps[-1][0][:-5], CUT]]
+        for step in steps:
             for call in (client.chat, client.stream):
                 with self.subTest(step, call=call.__name__):
                     self.stub.play(*step)
@@ -1629,11 +1564,9 @@ class TestRequest(Case):
         self.assertEqual(messages, before)
 
     def test_other_keywords_are_fields_of_the_body_and_none_is_left_out(self):
+        names = ("self", "body", "method", "path", "options", "call", "name", "key", "parse")
         fields = {"temperature": 0, "stop": [], "logprobs": False, "stream": False}
-        fields["response_format"] = {"type": "json_object", "strict": None}
-        fields["brand_new"] = {"a": [1, None]}
-        for name in ("self", "body", "method", "path", "options", "call", "name", "key", "parse"):
-            fields[name] = name
+        fields.update(dict.fromkeys(names, "x"), brand_new={"a": [1, None]})
         self.client().chat("Hi", top_p=None, timeout=5, deadline=5, **fields)
         body = self.stub.requests[-1].json
         self.assertEqual(set(body), {"model", "messages", *fields})
@@ -1641,26 +1574,25 @@ class TestRequest(Case):
 
     def test_a_stream_requests_usage_unless_the_caller_decides_otherwise(self):
         client = self.client()
-        usage = {"include_usage": True}
-        for options, sent in (
-            ({}, usage),
-            *(({"stream_options": each}, each) for each in ({"include_usage": False}, {}, None)),
-        ):
+        expected = {"stream": True, "stream_options": {"include_usage": True}, "self": 1}
+        for options in ({}, *({"stream_options": x} for x in ({"include_usage": False}, {}, None))):
             with self.subTest(options):
                 client.stream("Hi", **options, self=1).close()
                 body = self.stub.requests[-1].json
-                found = (body["stream"], body.get("stream_options"), body["self"])
-                self.assertEqual(found, (True, sent, 1))
+                found = {name: body.get(name) for name in expected}
+                self.assertEqual(found, {**expected, **options})
 
     def test_a_misspelled_field_of_a_route_is_refused_with_the_right_name(self):
-        for name, meant in (
-            *(("Region", "region"), ("regoin", "region"), (" region", "region")),
-            *(("PROVIDER", "provider"), ("fall_back", "fallback"), ("Fallback", "fallback")),
-            ("prefer_lowcarbon", "prefer_low_carbon"),
+        for meant, *names in (
+            ("region", "Region", "regoin", " region"),
+            ("provider", "PROVIDER"),
+            ("fallback", "fall_back", "Fallback"),
+            ("prefer_low_carbon", "prefer_lowcarbon"),
         ):
-            self.assert_refused(repr(meant), "Hi", route={name: "eu-west"})
-            error = self.error(lowrouter.ConfigError, self.client, route={name: "eu-west"})
-            self.assertIn(repr(meant), str(error))
+            for name in names:
+                self.assert_refused(repr(meant), "Hi", route={name: "eu-west"})
+                error = self.error(lowrouter.ConfigError, self.client, route={name: "eu-west"})
+                self.assertIn(repr(meant), str(error))
 
     def test_what_cannot_be_sent_is_refused(self):
         message = {"role": "user", "content": "Hi"}
@@ -1731,8 +1663,7 @@ class TestSettings(Case):
 
     def write_key(self, key):
         """Replace the key file, as a mounted secret is replaced."""
-        with open(self.key_file + ".new", "w", encoding="latin-1", newline="") as file:
-            file.write(key)
+        pathlib.Path(self.key_file + ".new").write_bytes(key.encode("latin-1"))
         os.replace(self.key_file + ".new", self.key_file)
 
     def key_sent(self, client):
@@ -1757,23 +1688,18 @@ class TestSettings(Case):
             return str(error)
         return self.fail("there was no error")
 
-    def test_the_key_is_an_argument_or_a_variable_or_a_file(self):
-        self.write_key("key-of-the-file")
-        os.environ["LOWROUTER_API_KEY_FILE"] = self.key_file
-        for variable, argument, sent in (
-            ("", "", "key-of-the-file"),
-            ("key-of-the-variable", None, "key-of-the-variable"),
-            (" \n", None, "key-of-the-file"),
-            ("key-of-the-variable", KEY, KEY),
-        ):
-            os.environ["LOWROUTER_API_KEY"] = variable
-            self.assertEqual(self.key_sent(self.client(api_key=argument)), sent)
-
-    def test_white_space_around_a_key_is_stripped(self):
+    def test_the_key_is_an_argument_or_a_variable_or_a_file_without_white_space_around_it(self):
         for key in (KEY + "\n", KEY + "\r\n", " \t" + KEY + " \n\n"):
             for name, make in self.clients(key):
                 with self.subTest(name, key=key):
                     self.assertEqual(self.key_sent(make()), KEY)
+        self.write_key("key-of-file")
+        os.environ["LOWROUTER_API_KEY_FILE"] = self.key_file
+        table = [("", "", "key-of-file"), (" \n", None, "key-of-file")]
+        table += [("key-of-variable", None, "key-of-variable"), ("key-of-variable", KEY, KEY)]
+        for variable, argument, sent in table:
+            os.environ["LOWROUTER_API_KEY"] = variable
+            self.assertEqual(self.key_sent(self.client(api_key=argument)), sent)
 
     def test_a_key_that_cannot_be_sent_is_refused_with_its_source_and_never_shown(self):
         inside = ["\n", "\r\n", "\n ", "\n\t", "\xe4", "\u2013", "\x1b", "\x7f", " "]
@@ -1805,8 +1731,7 @@ class TestSettings(Case):
         self.assertEqual(self.key_sent(client), "first-key")
         self.write_key("other-key\n")
         self.assertEqual(self.key_sent(client), "other-key")
-        with open(self.key_file, "w", encoding="ascii") as file:  # in place, with the same size
-            file.write("third-key\n")
+        pathlib.Path(self.key_file).write_bytes(b"third-key\n")  # in place, with the same size
         os.utime(self.key_file, (1, 1))
         self.assertEqual(self.key_sent(client), "third-key")
         self.write_key("")  # while it is being replaced, the last key is used
@@ -1890,6 +1815,7 @@ class TestSettings(Case):
         self.assertTrue(lowrouter.models())
         self.assertIn(self.stub.url, lowrouter.curl("Hi"))
         self.assertEqual(self.stub.connections, 1)
+        stream = lowrouter.stream("Count to 5")
         names = re.findall(r"\b[A-Z]+_[A-Z_]+\b", lowrouter.__doc__)
         values = {"LOWROUTER_API_KEY": KEY + "\n", "LOWROUTER_BASE_URL": self.stub.url + "/"}
         for name in [*names, "https_proxy", "no_proxy"]:
@@ -1901,49 +1827,28 @@ class TestSettings(Case):
                 with mock.patch.dict(os.environ, {name: values.get(name, "http://127.0.0.1:1")}):
                     lowrouter.request("GET", "/providers")
                 self.assertEqual(self.stub.connections, before + 1)
-
-    def test_a_stream_goes_on_when_the_functions_get_a_new_client(self):
-        os.environ.update(self.stub.env)
-        stream = lowrouter.stream("Count to 5")
-        with StubGateway() as other:
-            os.environ.update(other.env)
-            self.assertTrue(lowrouter.chat("Hi").text)
-            self.assertEqual((len(self.stub.requests), len(other.requests)), (1, 1))
-            self.assertIn("5", stream.result().text)
-            os.environ["LOWROUTER_API_KEY"] = "another-key"
-            self.error(lowrouter.AuthenticationError, lowrouter.chat, "Hi")
+        self.assertIn("5", stream.result().text)  # a stream goes on with its client
+        os.environ["LOWROUTER_API_KEY"] = "another-key"
+        self.error(lowrouter.AuthenticationError, lowrouter.chat, "Hi")
 
 
 # ---- models -------------------------------------------------------------------------------------
 
 
 class TestModels(Case):
-    def setUp(self):
-        super().setUp()
-        self.now = time.time()
-        patch = mock.patch("time.time", lambda: self.now)
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def test_the_list_is_requested_once_an_hour(self):
+    def test_the_list_is_requested_once_an_hour_and_every_caller_gets_a_copy(self):
+        start = time.time()
         client = self.client()
-        first = client.models()
+        first = copy.deepcopy(client.models())
         self.assertGreater(len(first), 5)
         for seconds, refresh, requests in (
-            *((3599, False, 1), (2, False, 2), (0, True, 3)),
-            (-7200, False, 4),  # a clock that was set back
+            *((1, False, 1), (3599, False, 1), (3700, False, 2), (3700, False, 2)),
+            *((3700, True, 3), (0, False, 4)),  # at the end, the clock was set back
         ):
-            self.now += seconds
-            self.assertEqual(client.models(refresh=refresh), first)
-            self.assertEqual(len(self.stub.requests), requests)
-
-    def test_every_caller_gets_a_copy(self):
-        client = self.client()
-        before = copy.deepcopy(client.models())
-        for _ in range(2):
-            listed = client.models()
-            self.assertEqual(listed, before)
-            listed[0]["pricing"].clear()
+            with mock.patch("time.time", return_value=start + seconds):
+                listed = client.models(refresh=refresh)
+            self.assertEqual((listed, len(self.stub.requests)), (first, requests))
+            listed[0]["pricing"].clear()  # which changes no other copy of the list
             del listed[1:]
 
     def test_an_old_list_is_used_with_a_warning_when_the_gateway_cannot_be_reached(self):
@@ -1953,10 +1858,10 @@ class TestModels(Case):
             self.stub.play(reply("", status))
             self.error(lowrouter.APIStatusError, client.models, refresh=True)
         self.stub.close()
-        self.now += 7200
         for refresh in (False, True):
-            with self.assertWarns(UserWarning) as caught:
-                self.assertEqual(client.models(refresh=refresh), first)
+            with mock.patch("time.time", return_value=time.time() + 7200):
+                with self.assertWarns(UserWarning) as caught:
+                    self.assertEqual(client.models(refresh=refresh), first)
             self.assertEqual(caught.filename, __file__)
             self.assertNotIn(KEY, str(caught.warning))
         self.error(lowrouter.APIConnectionError, self.client(max_retries=0).models)
@@ -2003,7 +1908,7 @@ class TestGeneration(Case):
                 self.stub.play(reply(data))
                 self.error(lowrouter.BadResponseError, self.client().generation, "gen_1")
 
-    def test_wait_polls_a_record_until_it_is_there_or_another_error_or_the_deadline(self):
+    def test_wait_polls_a_record_until_it_is_there_or_another_error_or_the_end(self):
         self.stub.play(reply({"error": {"message": "not yet"}}, "404 Not Found"), times=3)
         self.stub.play({"generation_id": "gen_1"})
         self.assertEqual(self.client().generation("gen_1", wait=60), {"generation_id": "gen_1"})
@@ -2014,15 +1919,13 @@ class TestGeneration(Case):
         client = self.client(deadline=0.4)
         self.error(lowrouter.NotFoundError, client.generation, "gen_none", wait=60)
         self.assertEqual((len(self.stub.requests), len(self.waits)), (6, 3))
-
-    def test_the_last_attempt_is_at_the_end_of_the_wait(self):
         real = time.monotonic
         for wait, least in ((5, 2), (0.3, 0.2), (0, 0)):
             self.waits.clear()
             before = len(self.stub.requests)
             with mock.patch("time.monotonic", lambda: real() + sum(self.waits)):
                 self.error(lowrouter.NotFoundError, self.client().generation, "gen_x", wait=wait)
-            self.assertTrue(least <= sum(self.waits) <= wait, self.waits)
+            self.assertTrue(least <= sum(self.waits) <= wait, self.waits)  # tried at the end too
             self.assertEqual(len(self.stub.requests) - before, len(self.waits) + 1)
 
 
@@ -2039,7 +1942,7 @@ class TestRequestMethod(Case):
         self.assertTrue(request.path.startswith("/api/v1/"))
         return request.method, request.path[len("/api/v1") :], request.json
 
-    def test_any_method_and_body_is_sent_to_any_path_below_the_base_url(self):
+    def test_any_method_and_body_is_sent_to_any_path_with_what_a_url_cannot_have_encoded(self):
         for args, sent in (
             (("get", "providers"), ("GET", "/providers", None)),
             (("GET", "/a/b?c=d&e=%20"), ("GET", "/a/b?c=d&e=%20", None)),
@@ -2047,26 +1950,18 @@ class TestRequestMethod(Case):
             (("DELETE", "/a"), ("DELETE", "/a", None)),
             (("PUT", "/a", [1]), ("PUT", "/a", [1])),
             *((("POST", "/a", body), ("POST", "/a", body)) for body in ({"b": "c"}, "", 0)),
+            (("GET", "/a b"), ("GET", "/a%20b", None)),
+            (("GET", "/a\r\nHost: x"), ("GET", "/a%0D%0AHost:%20x", None)),
+            (("GET", "/\xfc\ud800b"), ("GET", "/%C3%BC%ED%A0%80b", None)),
+            (("GET", "/a#b\\c\x7f"), ("GET", "/a%23b%5Cc%7F", None)),
+            (("GET", "//host/a"), ("GET", "/host/a", None)),
+            (("GET", "https://x.example/"), ("GET", "/https://x.example/", None)),
+            (("GET", "/a?b=c d&e=https://f/"), ("GET", "/a?b=c%20d&e=https://f/", None)),
         ):
-            with self.subTest(args):
+            with self.subTest(repr(args)):
                 self.assertEqual(self.sent(*args), sent)
         self.sent("POST", "/a")  # without a length some servers would wait for a body
         self.assertEqual(self.stub.requests[-1].headers["Content-Length"], "0")
-
-    def test_what_cannot_stand_in_a_url_is_percent_encoded(self):
-        for path, sent in (
-            ("/a b", "/a%20b"),
-            ("/a\r\nHost: x", "/a%0D%0AHost:%20x"),
-            ("/\xfc", "/%C3%BC"),
-            ("/a\ud800b", "/a%ED%A0%80b"),
-            ("/a#b", "/a%23b"),
-            ("/a\\b\x7f", "/a%5Cb%7F"),
-            ("//host/a", "/host/a"),
-            ("https://x.example/", "/https://x.example/"),
-            ("/a?b=c d&url=https://x.example/", "/a?b=c%20d&url=https://x.example/"),
-        ):
-            with self.subTest(repr(path)):
-                self.assertEqual(self.sent("GET", path)[1], sent)
 
     def test_any_json_is_returned_and_an_empty_response_is_none(self):
         client = self.client(timeout=5)
@@ -2118,6 +2013,7 @@ EVENT_STREAMS = {
     "fields similar to data": (b"database: 1\n data: 2\nDATA: 3\n\n" + ONE + DONE, [1]),
     "events without data": (b"event: error\n\n" + ONE + b"event: ping\nid: 1\n\n" + DONE, [1]),
     "ping with data": (b"event: ping\ndata: now\n\n" + ONE + DONE, [1]),
+    "ping with an object": (b'event: ping\ndata: {"n": 2}\n\n' + ONE + DONE, [1]),
     "event named message": (b"event: message\n" + ONE + DONE, [1]),
     "empty data": (b"data\n\ndata:\n\ndata: \n\n" + ONE + DONE, [1]),
     "blank lines": (b"\n\n\n" + ONE + b"\n\n" + DONE, [1]),
@@ -2506,6 +2402,16 @@ class TestStreamErrors(Case):
                 again = self.error(type(error), stream.result)
                 self.assertIsNot(again, error)  # its traceback would hold all its callers
                 self.assertEqual((str(again), vars(again)), (str(error), vars(error)))
+
+    def test_an_error_after_a_finish_reason_is_raised(self):
+        for body in (sse({"error": REASON}), b"event: error\n" + sse(REASON)):
+            with self.subTest(body):
+                error = self.error(lowrouter.StreamError, self.stream(AB_STOP, body).result)
+                self.assertEqual((error.completion.text, error.message), ("ab", "overloaded"))
+
+    def test_an_answer_without_a_choice_is_incomplete_even_if_none_was_requested(self):
+        self.stub.play(STREAM_HEAD + chunked(DONE))
+        self.error(lowrouter.StreamError, self.client().stream("Hi", n=0).result)
 
     def test_an_error_before_the_first_chunk_has_no_completion(self):
         with_usage = {"error": REASON, "usage": {"total_tokens": 1}}
@@ -3042,18 +2948,13 @@ def failed_call(test, kind, call, *steps, **settings):
     return test.error(kind, CALLS[call], test.client(**settings))
 
 
-class Contract:
-    """What must be the same over every transport."""
-
+class Contract:  # what must be the same over every transport
     def is_reused(self, call, *steps):
         """Whether the call after this one, which gets these steps, uses the same connection."""
-        self.failure = None
         with self.client(max_retries=0, timeout=5) as client:
             self.stub.play(*steps)
-            try:
+            with contextlib.suppress(lowrouter.LowRouterError):
                 call(client)
-            except lowrouter.LowRouterError as error:
-                self.failure = error
             before = self.stub.connections
             self.stub.play(answer("next"))
             self.assertEqual(client.chat("Hello").text, "next")
@@ -3061,67 +2962,60 @@ class Contract:
 
     def test_a_cut_answer_is_an_error_and_closes_the_connection(self):
         until_close = head("200 OK") + json.dumps(SMALL).encode()
-        chats = (reply(SMALL)[:-3], until_close[:-3], reply(SMALL)[:30], b"")
-        for call, cut in (*(("chat", each) for each in chats), ("stream", BEGUN)):
-            for end in (CUT, RESET):
-                with self.subTest(cut[-20:], end=end):
-                    self.assertFalse(self.is_reused(CALLS[call], cut, end))
-                    self.assertIsNotNone(self.failure)
-                    if (call, end) == ("stream", CUT):  # a reset may throw away what was sent
-                        self.assertEqual(self.failure.completion.text, "so far")
+        cuts = [reply(SMALL)[:-3], until_close[:-3], reply(SMALL)[:30], b"", BEGUN]
+        for cut, end in itertools.product(cuts, (CUT, RESET)):
+            with self.subTest(cut[-20:], end=end):
+                call = "stream" if cut == BEGUN else "chat"
+                self.assertFalse(self.is_reused(CALLS[call], cut, end))
+                error = failed_call(self, lowrouter.LowRouterError, call, cut, end, max_retries=0)
+                if cut == BEGUN and end == CUT:  # a reset may throw away what was sent before it
+                    self.assertEqual(error.completion.text, "so far")
 
     def test_a_hundred_calls_of_every_kind_use_one_connection(self):
         client = self.client()
         for _ in range(96):
             self.assertEqual(client.chat("Say hello").text, "Hello!")
-        completion = client.stream("Say hello").result()
-        self.assertEqual(completion.text, "Hello!")
-        self.assertIn("openai/gpt-4o", [model["id"] for model in client.models()])
-        record = client.generation(completion.generation_id)
-        self.assertEqual(record["generation_id"], completion.generation_id)
-        self.assertTrue(client.request("GET", "/providers"))
+        name = client.stream("Say hello").result().generation_id
+        self.assertEqual(client.generation(name)["generation_id"], name)
+        self.assertTrue(client.models() and client.request("GET", "/providers"))
         self.assertEqual((len(self.stub.requests), self.stub.connections), (100, 1))
         self.assertEqual(self.stub.handshakes, 1 if self.stub.context else 0)
 
-    def test_a_success_that_is_read_to_its_end_keeps_the_connection(self):
+    def test_only_a_success_that_is_read_to_its_end_keeps_the_connection(self):
+        body = json.dumps(SMALL).encode()
         stream = event_stream(delta("whole", "stop"))
-        in_chunks = head("200 OK", "Transfer-Encoding: chunked")
-        sized = reply(sse(delta("whole", "stop")), content_type="text/event-stream")
-        chats = ([reply(SMALL)], [in_chunks + chunked(json.dumps(SMALL).encode())])
-        streams = ([stream], [sized], [stream[:-5], stream[-5:]])  # its end in a block of its own
-        others = ([head("204 No Content")],)
-        for call, table in (("chat", chats), ("stream", streams), ("request", others)):
-            for steps in table:
-                with self.subTest(steps, call=call):
-                    self.assertTrue(self.is_reused(CALLS[call], *steps))
-
-    def test_any_other_end_closes_the_connection(self):
-        done = event_stream(delta("whole", "stop"), end=False)
-        failed = chunked(sse({"error": {"message": "failed"}}))
-        chats = [[head("404 Not Found", "Content-Length: 0")]]
-        chats += [[head("200 OK") + json.dumps(SMALL).encode(), CUT]]
-        chats += [[head("302 Found", "Location: /x", "Content-Length: 3") + b"abc"]]
-        chats += [[reply(SMALL, connection="close")], [b"HTTP/1.0" + reply(SMALL)[8:], CUT]]
-        for call, table in (
+        for is_reused, call, *steps in (
+            (True, "chat", reply(SMALL)),
+            (True, "chat", head("200 OK", "Transfer-Encoding: chunked") + chunked(body)),
+            (True, "stream", stream),
+            (True, "stream", reply(sse(delta("whole", "stop")), content_type="text/event-stream")),
+            (True, "stream", stream[:-5], stream[-5:]),  # its end in a block of its own
+            (True, "request", head("204 No Content")),
             # Many servers close behind an error status without announcing it.
-            *((call, [[reply("", "429 Too Many Requests")]]) for call in CALLS.values()),
-            (CALLS["chat"], chats),
-            (CALLS["stream"], [[BEGUN + failed], [done, STALL], [done + chunked(b"data: 1\n\n")]]),
-            (lambda client: client.chat("Hello", timeout=0.1), [[STALL]]),
-            (lambda client: client.stream("Hello", timeout=0.1).result(), [[BEGUN, STALL]]),
-            (lambda client: next(client.stream("Hello")), [[BEGUN, STALL]]),
-            (lambda client: client.stream("Hello").close(), [[BEGUN, STALL]]),
+            *((False, call, reply("", "429 Too Many Requests")) for call in CALLS),
+            (False, "chat", head("200 OK") + body, CUT),
+            (False, "chat", head("302 Found", "Location: /x", "Content-Length: 3") + b"abc"),
+            (False, "chat", reply(SMALL, connection="close")),
+            (False, "chat", b"HTTP/1.0" + reply(SMALL)[8:], CUT),
+            (False, "stream", BEGUN + chunked(sse({"error": {"message": "failed"}}))),
+            (False, "stream", stream[:-5], STALL),
+            (False, "stream", stream[:-5] + chunked(b"data: 1\n\n")),
         ):
-            for steps in table:
-                with self.subTest(steps), self.takes(0):
-                    self.assertFalse(self.is_reused(call, *steps))
+            with self.subTest(steps, call=call), self.takes(0):
+                self.assertIs(self.is_reused(CALLS[call], *steps), is_reused)
+        for call, *steps in (
+            (lambda client: client.chat("Hello", timeout=0.1), STALL),
+            (lambda client: client.stream("Hello", timeout=0.1).result(), BEGUN, STALL),
+            (lambda client: next(client.stream("Hello")), BEGUN, STALL),
+            (lambda client: client.stream("Hello").close(), BEGUN, STALL),
+        ):
+            with self.subTest(call=call), self.takes(0):
+                self.assertFalse(self.is_reused(call, *steps))
         if self.stub.context:  # no request went out in clear text over a new connection
             self.assertEqual(self.stub.handshakes, self.stub.connections)
 
 
 class TestHttp(Contract, Case):
-    """Plain http, which is allowed to loopback."""
-
     def test_an_idle_connection_on_which_something_happened_is_not_used(self):
         smuggled = reply(answer("smuggled"))
         for trouble in (RESET, CUT, smuggled, b"H"):
@@ -3142,9 +3036,7 @@ class TestHttp(Contract, Case):
         self.assertEqual(client.chat("Say hello").text, "Hello!")
 
 
-class TestHttps(TestHttp, WithCertificates):
-    """The same over TLS with a private CA."""
-
+class TestHttps(TestHttp, WithCertificates):  # with a private CA
     def setUp(self):
         super().setUp()
         self.stub = self.gateway()
@@ -3153,9 +3045,7 @@ class TestHttps(TestHttp, WithCertificates):
         return super().client(**{"ca_file": self.path("ca.pem"), **settings})
 
 
-class TestHttpsThroughProxy(Contract, WithCertificates):
-    """TLS in a tunnel. Only the proxy knows the name of the gateway."""
-
+class TestHttpsThroughProxy(Contract, WithCertificates):  # which alone can resolve the host name
     def setUp(self):
         super().setUp()
         self.stub = self.gateway()
@@ -3168,8 +3058,7 @@ class TestHttpsThroughProxy(Contract, WithCertificates):
         """The proxy saw nothing of the requests, and the gateway nothing for the proxy."""
         seen = b"".join(self.proxy.heads)
         self.assertTrue(seen.startswith(b"CONNECT gateway.test:443 HTTP/1."), seen[:60])
-        for secret in (KEY.encode(), b"Bearer", b"/api/v1"):
-            self.assertNotIn(secret, seen)
+        self.assertNotRegex(seen, KEY.encode() + b"|Bearer|/api/v1")
         for request in self.stub.requests:
             self.assertNotIn("Proxy-Authorization", request.headers)
             self.assertEqual(request.headers["Host"], "gateway.test")
@@ -3196,11 +3085,9 @@ class TestConnections(Case):
 
     def test_a_connection_sends_keep_alives_if_the_system_can(self):
         options = {}
-        real = socket.socket.setsockopt
 
         def record(sock, level, name, value):
             options[level, name] = value
-            return real(sock, level, name, value)
 
         with mock.patch("socket.socket.setsockopt", record):
             self.client().chat("Hello")
@@ -3209,7 +3096,7 @@ class TestConnections(Case):
             if hasattr(socket, name):  # NAT gateways forget a silent connection after 240 s
                 seconds = options[socket.IPPROTO_TCP, getattr(socket, name)]
                 self.assertIn(seconds, range(1, 121), name)
-        with Peer(lambda peer, sock: sock.sendall(reply(SMALL))) as peer:
+        with Peer(drips(reply(SMALL), b"")) as peer:
             with mock.patch("socket.socket.setsockopt", side_effect=OSError("unknown")):
                 self.assertEqual(self.client(base_url=peer.url).chat("Hello").text, "whole")
 
@@ -3238,11 +3125,9 @@ class TestConnections(Case):
     def test_closing_or_dropping_a_client_closes_its_connections(self):
         client = lowrouter.Client(KEY, base_url=self.stub.url)
         self.open_streams(client, 5)
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            client = None
-            gc.collect()
-        self.assertEqual((self.count_open(0), [str(each) for each in warned]), (0, []))
+        client = None
+        gc.collect()  # a ResourceWarning would be noticed by setUp() of Case
+        self.assertEqual(self.count_open(0), 0)
         with self.client() as client:
             client.chat("Hello")
             stream = client.stream("Say hello")
@@ -3255,7 +3140,6 @@ class TestConnections(Case):
         client.chat("Hello")
         self.stub.play(CUT)
         self.assertTrue(client.request("GET", "/models"))
-        self.assertEqual(self.stub.connections, 2)
         self.stub.play(CUT, times=2)
         self.error(lowrouter.APIConnectionError, client.request, "GET", "/models")
         self.assertEqual((len(self.stub.requests), self.waits), (5, []))
@@ -3308,20 +3192,18 @@ class TestConnections(Case):
                 def interrupt(sock, left=left):
                     threading.Event().wait(0.05)  # so that the client waits for more
                     signal.pthread_kill(main, signal.SIGINT)
-                    sock.settimeout(10)
                     if sock.recv(1) == b"":
                         left.set()  # the gateway need not go on for nobody
 
                 client = self.client()
                 client.chat("Hello")
+                before = self.stub.connections
                 self.stub.play(start, interrupt)
-                with self.assertRaises(KeyboardInterrupt) as caught:
-                    CALLS[call](client)
-                self.assertTrue(left.wait(5), caught)
+                self.assertRaises(KeyboardInterrupt, CALLS[call], client)
+                self.assertTrue(left.wait(5))
                 for _ in range(3):
                     self.assertEqual(client.chat("Say hello").text, "Hello!")
-                used = [request.connection for request in self.stub.requests[-5:]]
-                self.assertEqual([each == used[0] for each in used], [True] * 2 + [False] * 3)
+                self.assertEqual(self.stub.connections, before + 1)
 
 
 class TestTime(Case):
@@ -3330,8 +3212,8 @@ class TestTime(Case):
         with self.takes(seconds):
             error = self.error(lowrouter.APITimeoutError, call, *args, **options)
         self.assertEqual(error.phase, phase)
-        settings = {"connect": "base URL", "deadline": "deadline"}
-        self.assertIn(settings.get(phase, "timeout"), str(error))
+        setting = {"connect": "base URL", "deadline": "deadline"}.get(phase, "timeout")
+        self.assertIn(setting, str(error))
         return error
 
     @unittest.skipUnless(sys.platform == "linux", "a full backlog drops connections on Linux")
@@ -3363,13 +3245,13 @@ class TestTime(Case):
 
     def test_a_handshake_or_a_proxy_that_is_silent_or_drips_is_left_in_time(self):
         ok = b"HTTP/1.1 200 OK\r\n"
-        gateways = [never_answers, drips(b"\x16\x03\x03\x3f\x00", b"\x02")]  # part of a handshake
-        proxies = [never_answers, drips(ok + b"X: ", b"x"), drips(ok, b"X: 1\r\n")]
-        proxies += [drips(b"", head("100 Continue")), drips(head("200 OK"), b"")]
-        table = [(serve, True, 0.1) for serve in proxies]
-        table += [(serve, False, 0.1) for serve in gateways]
+        table = [(False, never_answers), (False, drips(b"\x16\x03\x03\x3f\x00", b"\x02"))]
+        table += [(True, never_answers), (True, drips(ok + b"X: ", b"x"))]
+        table += [(True, drips(ok, b"X: 1\r\n")), (True, drips(b"", head("100 Continue")))]
+        table += [(True, drips(head("200 OK"), b""))]
+        table = [(0.1, *row) for row in table]
         # The proxy takes 0.3 of the 0.5 seconds that TCP, CONNECT and TLS have together.
-        for serve, proxied, timeout in [*table, (drips(b"", head("200 OK"), 0.3), True, 0.5)]:
+        for timeout, proxied, serve in [*table, (0.5, True, drips(b"", head("200 OK"), 0.3))]:
             with self.subTest(serve, proxied=proxied), Peer(serve) as peer:
                 url = "https://gateway.test" if proxied else f"https://127.0.0.1:{peer.port}"
                 with mock.patch.dict(os.environ, HTTPS_PROXY=peer.url):
@@ -3382,9 +3264,9 @@ class TestTime(Case):
         drip = Drip(chunked(b"x", end=False), 0.02)
         for end in (STALL, drip):
             with self.subTest(end), self.takes(0.1):
-                self.stub.play(refusal, end)
-                client = self.client(deadline=0.1)
-                self.error(lowrouter.AuthenticationError, client.stream, "Hello")
+                failed_call(
+                    self, lowrouter.AuthenticationError, "stream", refusal, end, deadline=0.1
+                )
         real = time.monotonic  # 50 times as fast for the client, but not for Event.wait
         now = real()
         enter(self, mock.patch("time.monotonic", lambda: now + 50 * (real() - now)))
@@ -3395,9 +3277,8 @@ class TestTime(Case):
             error = self.error(lowrouter.APITimeoutError, client.chat, "Hello")
             self.assertEqual(error.phase, "connect")
             self.assertTrue(8 < time.monotonic() - start < 60)
-        self.stub.play(refusal, drip)
         start = time.monotonic()
-        self.error(lowrouter.AuthenticationError, self.client().chat, "Hello")
+        failed_call(self, lowrouter.AuthenticationError, "chat", refusal, drip)
         self.assertLess(time.monotonic() - start, 60)
         self.stub.play(lambda sock: self.stub.hold.wait(0.5), reply(SMALL))  # after 25 seconds
         self.assertEqual(self.client().chat("Hello").text, "whole")
@@ -3427,35 +3308,35 @@ class TestTime(Case):
         def serve(peer, sock):
             sock.recv(1000)
             sock.sendall(reply({"error": {"message": "too long"}}, "413 Too Large"))
-            end(sock)
+            if end:
+                end(sock)
 
-        for end in (drain, socket.socket.fileno, reset):  # the second one just closes
+        # Elsewhere than on Linux, just closing may reset the connection too.
+        for end, is_seen in ((drain, True), (None, sys.platform == "linux"), (reset, False)):
             with self.subTest(end), Peer(serve) as peer, self.takes(0):
                 client = self.client(base_url=peer.url, max_retries=0)
                 error = self.error(lowrouter.LowRouterError, client.chat, HUGE)
-                # Elsewhere than on Linux, closing may reset the connection too.
-                if end is drain or (end is not reset and sys.platform == "linux"):
+                if is_seen:
                     self.assertEqual((error.status, error.message), (413, "too long"))
                 self.assertEqual(len(peer.sockets), 1)
 
     def test_silence_and_noise_end_at_the_limits(self):
         """Any byte of a JSON body ends a silence, but in a stream only an event with data does."""
         ok = b"HTTP/1.1 200 OK\r\n"
-        part = reply(SMALL)[:-5]
-        table = [("response", "chat", "", STALL), ("deadline", "chat", "", STALL)]
-        table.append(("response", "chat", "", ok, Drip(b"X: 1\r\n", 0.02)))
-        table.append(("response", "chat", "", ok, b"X: ", Drip(b"x", 0.02)))
-        table.append(("response", "chat", "", Drip(head("100 Continue"), 0.02)))
-        table.append(("deadline", "chat", "", head("200 OK"), Drip(b" ", 0.02)))
-        for phase in ("idle", "deadline"):
-            table += [
-                (phase, "chat", "whole", part, STALL),
-                (phase, "stream", "so far", BEGUN, STALL),
-            ]
+        body = reply(SMALL)[:-5]
         noises = [chunked(each, end=False) for each in (b": ping\n\n", b"event: x\n\n", b"data: ")]
-        for noise in [*noises, b"5"]:
-            table.append(("idle", "stream", "so far", BEGUN, Drip(noise, 0.02)))
-        for phase, call, partial, *steps in table:
+        for phase, call, partial, *steps in (
+            ("response", "chat", "", STALL),
+            ("deadline", "chat", "", STALL),
+            ("response", "chat", "", ok, Drip(b"X: 1\r\n", 0.02)),
+            ("response", "chat", "", ok, b"X: ", Drip(b"x", 0.02)),
+            ("response", "chat", "", Drip(head("100 Continue"), 0.02)),
+            ("deadline", "chat", "", head("200 OK"), Drip(b" ", 0.02)),
+            ("idle", "chat", "whole", body, STALL),
+            ("idle", "stream", "so far", BEGUN, STALL),
+            ("deadline", "stream", "so far", BEGUN, STALL),
+            *(("idle", "stream", "so far", BEGUN, Drip(each, 0.02)) for each in (*noises, b"5")),
+        ):
             limit = "deadline" if phase == "deadline" else "timeout"
             with self.subTest(steps, limit=limit):
                 self.stub.play(*steps)
@@ -3465,8 +3346,7 @@ class TestTime(Case):
                 self.assertIn(partial, found or "")
         with self.takes(0):  # newer versions of Python give up before the timeout
             drip = Drip(head("100 Continue") * 1000, 0)
-            settings = {"max_retries": 0, "timeout": 0.2}
-            failed_call(self, lowrouter.LowRouterError, "chat", drip, **settings)
+            failed_call(self, lowrouter.LowRouterError, "chat", drip, max_retries=0, timeout=0.2)
 
     def test_a_slow_answer_may_take_longer_than_the_timeout(self):
         text = json.dumps(SMALL).encode()
@@ -3476,50 +3356,37 @@ class TestTime(Case):
         for event, text in ((delta("x"), "xxxxxx!"), ({}, "!")):
             with self.subTest(event):
                 block = chunked(sse(event, done=False), end=False)
-                rest = chunked(sse(delta("!", "stop")))
-                self.stub.play(STREAM_HEAD, Drip(block, 0.05, 6), rest)
+                self.stub.play(STREAM_HEAD, Drip(block, 0.05, 6), chunked(sse(delta("!", "stop"))))
                 self.assertEqual(self.client(timeout=0.25).stream("Hello").result().text, text)
 
     def test_only_the_deadline_runs_while_the_caller_holds_a_chunk(self):
-        for limits in ({"timeout": 0.2}, {"deadline": 0.2}):
-            held = threading.Event()
-            self.stub.play(BEGUN, Wait(held), chunked(sse(delta("!", "stop"))))
-            stream = self.client(**limits).stream("Hello")
+        held = threading.Event()
+        self.stub.play(BEGUN, Wait(held), chunked(sse(delta("!", "stop"))), times=2)
+        streams = [self.client(**{each: 0.2}).stream("Hello") for each in ("timeout", "deadline")]
+        for stream in streams:
             next(stream)
-            threading.Event().wait(0.3)  # the caller is busy
-            if "deadline" in limits:
-                self.assert_times_out("deadline", 0, stream.result)
-            held.set()
-            if "timeout" in limits:
-                self.assertEqual(stream.result().text, "so far!")
+        threading.Event().wait(0.3)  # the caller is busy
+        self.assert_times_out("deadline", 0, streams[1].result)
+        held.set()
+        self.assertEqual(streams[0].result().text, "so far!")
 
     def test_a_deadline_that_has_passed_is_a_timeout_before_anything_is_looked_up(self):
-        with mock.patch("socket.getaddrinfo", side_effect=AssertionError):
-            for deadline in (0, -0.5, -1e9):
-                for name, call in CALLS.items():
-                    with self.subTest(name, deadline=deadline):
-                        client = self.client(deadline=deadline)
-                        self.assert_times_out("deadline", 0, call, client)
-                call = self.client().stream
-                self.assert_times_out("deadline", 0, call, "Hello", deadline=deadline)
+        enter(self, mock.patch("socket.getaddrinfo", side_effect=AssertionError))
+        for deadline, name in itertools.product((0, -0.5, -1e9), CALLS):
+            with self.subTest(name, deadline=deadline):
+                self.assert_times_out("deadline", 0, CALLS[name], self.client(deadline=deadline))
+        self.assert_times_out("deadline", 0, self.client().stream, "Hello", deadline=0)
 
     def test_the_deadline_bounds_all_attempts_and_waits_together(self):
-        for headers in ({}, {"retry_after": "5"}):  # a wait would end after the deadline
-            with self.subTest(headers), self.takes(0):
-                self.stub.play(reply("", "500 Oops", **headers))
-                client = self.client(deadline=0.3)
-                error = self.error(lowrouter.APIStatusError, client.chat, "Hello")
-                self.assertEqual((error.status, self.waits), (500, []))
         self.stub.play(Drip(head("100 Continue"), 0.05, 2), reply("", "500 Oops", retry_after="0"))
         self.stub.play(STALL)
         client = self.client(timeout=60, deadline=0.3)
         self.assert_times_out("deadline", 0.3, client.chat, "Hello")
-        self.assertEqual(len(self.stub.requests), 4)
+        self.assertEqual(len(self.stub.requests), 2)
 
     def test_invalid_timeouts_and_deadlines_are_refused(self):
-        invalid = [(name, value) for name in ("timeout", "deadline") for value in ("5", True)]
-        invalid += [("timeout", 0), ("timeout", -1), ("timeout", float("nan"))]
-        for name, value in [*invalid, ("deadline", float("nan")), ("deadline", float("inf"))]:
+        table = list(itertools.product(("timeout", "deadline"), ("5", True, float("nan"))))
+        for name, value in (*table, ("timeout", 0), ("timeout", -1), ("deadline", float("inf"))):
             for call, *args in ((self.client,), (self.client().chat, "Hello")):
                 error = self.error(lowrouter.ConfigError, call, *args, **{name: value})
                 self.assertIn(name, str(error))
@@ -3539,18 +3406,17 @@ class TestRetries(Case):
         return len(self.stub.requests) - before, error
 
     def test_which_statuses_are_retried(self):
-        retried = dict.fromkeys((408, 409, 429, 500, 502, 503, 521, 522, 529, 599), (3, 3))
-        final = dict.fromkeys((400, 401, 402, 403, 404, 413, 422, 451, 501, 505), (1, 1))
-        only_get = dict.fromkeys((504, 520, 524), (1, 3))  # a POST may have been billed
-        for status, (post, get) in {**retried, **final, **only_get}.items():
-            for call, expected in (("chat", post), ("stream", post), ("models", get)):
-                with self.subTest(status, call=call):
-                    response = reply({"error": "no"}, f"{status} No")
-                    attempts, error = self.attempts(response, call=call)
-                    self.assertEqual((attempts, error.status), (expected, status))
-                    self.assertEqual(len(self.waits), expected - 1)
-                    self.assertEqual(error.retryable, expected == 3)
-                    self.assertEqual("billed" in str(error), expected != get)
+        expected = dict.fromkeys((408, 409, 429, 500, 502, 503, 521, 522, 529, 599), (3, 3))
+        expected.update(dict.fromkeys((400, 401, 402, 403, 404, 413, 422, 451, 501, 505), (1, 1)))
+        expected.update(dict.fromkeys((504, 520, 524), (1, 3)))  # a POST may have been billed
+        for status, call in itertools.product(expected, ("chat", "stream", "models")):
+            post, get = expected[status]
+            sent = get if call == "models" else post
+            with self.subTest(status, call=call):
+                attempts, error = self.attempts(reply({"error": "no"}, f"{status} No"), call=call)
+                self.assertEqual((attempts, error.status), (sent, status))
+                self.assertEqual((len(self.waits), error.retryable), (sent - 1, sent == 3))
+                self.assertEqual("billed" in str(error), sent != get)
         for status in ("429 Slow", "500 Oops"):  # a pin makes only a 503 final
             self.assertEqual(self.attempts(reply("", status), route={"region": "eu-west"})[0], 3)
         first, *others = (request.body for request in self.stub.requests[-3:])
@@ -3571,10 +3437,9 @@ class TestRetries(Case):
 
     def test_a_request_that_was_sent_and_lost_is_retried_only_if_it_is_a_get(self):
         lost = [[CUT], [RESET], [STALL], [b"HTTP/1.1 2", CUT], [b"HTTP/1.1 200 OK\r\nX", CUT]]
+        ends = [*lost, [reply(SMALL)[:-4], CUT]]
         calls = {"chat": 1, "stream": 1, "models": 3}
-        for steps, call, kept in itertools.product(
-            [*lost, [reply(SMALL)[:-4], CUT]], calls, (False, True)
-        ):
+        for steps, call, kept in itertools.product(ends, calls, (False, True)):
             with self.subTest(steps, call=call, kept=kept):
                 timeout = 0.05 if STALL in steps else 10
                 attempts, error = self.attempts(*steps, call=call, kept=kept, timeout=timeout)
@@ -3632,18 +3497,25 @@ class TestRetries(Case):
                 self.assertEqual(calls, [(500, 0, 0), (429, 3, 1)])
                 self.assertEqual(self.waits[0], 0)
                 self.assertTrue(2 < self.waits[1] < 2.95, self.waits)
-        calls.clear()
-        for settings in ({"max_retries": 0}, {"deadline": 0.2}, {"route": {"region": "eu-west"}}):
-            self.attempts(reply("", "503 No", retry_after="1"), on_retry=on_retry, **settings)
-        self.assertEqual(calls, [])  # because no wait followed
+
+    def test_an_error_after_which_nothing_is_retried_is_raised_at_once(self):
+        on_retry = mock.Mock()
+        # A wait would end after the deadline.
+        for settings in ({"max_retries": 0}, {"route": {"region": "eu-west"}}, {"deadline": 0.3}):
+            for headers in ({}, {"retry_after": "5"}):
+                with self.subTest(headers, **settings), self.takes(0):
+                    refusal = reply("", "503 No", **headers)
+                    attempts, error = self.attempts(refusal, on_retry=on_retry, **settings)
+                    self.assertEqual((attempts, error.status, self.waits), (1, 503, []))
+        on_retry.assert_not_called()
 
     def test_what_on_retry_raises_ends_the_call_and_reaches_the_caller(self):
-        for raised in (KeyError("mine"), OSError("mine"), lowrouter.ConfigError("mine")):
-            for call in CALLS:
-                with self.subTest(raised, call=call), self.assertRaises(type(raised)) as caught:
-                    self.stub.play(reply("", "500 Oops"))
-                    CALLS[call](self.client(on_retry=mock.Mock(side_effect=raised)))
-                self.assertIs(caught.exception, raised)
+        errors = (KeyError("mine"), OSError("mine"), lowrouter.ConfigError("mine"))
+        for error, call in itertools.product(errors, CALLS):
+            with self.subTest(error, call=call), self.assertRaises(type(error)) as caught:
+                self.stub.play(reply("", "500 Oops"))
+                CALLS[call](self.client(on_retry=mock.Mock(side_effect=error)))
+            self.assertIs(caught.exception, error)
         self.assertEqual((len(self.stub.requests), self.waits), (15, []))
 
 
@@ -3662,47 +3534,32 @@ class TestTruncation(Case):
                 self.stub.play(response[:end], *([] if is_framed else [CUT]))
                 yield name, len(response), end
 
-    def test_a_json_answer_cut_after_any_byte_is_complete_or_an_error(self):
-        body = json.dumps(SMALL).encode()
-        client = self.client(max_retries=0)
-        complete = set()
-        for name, size, end in self.cuts("application/json", body[:40], body[40:]):
-            try:
-                self.assertEqual(client.chat("Hello"), SMALL, (name, end))
-                # The empty last chunk may be cut, because nothing of the body is missing then.
-                self.assertGreaterEqual(end, size - 5 if name == "chunked" else size)
-                complete.add(name)
-            except lowrouter.LowRouterError as error:
-                self.assertIsNone(error.completion)
-                self.assertNotIsInstance(error, lowrouter.StreamError)
-                if isinstance(error, lowrouter.BadResponseError) and error.body:
-                    self.assertTrue(body.decode().startswith(error.body), (name, end))
-        self.assertEqual(len(complete), 3)
-
-    def test_a_stream_cut_after_any_byte_is_complete_or_an_error_with_the_text_so_far(self):
+    def test_an_answer_cut_after_any_byte_is_complete_or_an_error_with_the_text_so_far(self):
         text = "Hello \u00fc!"
-        chunks = [{"choices": [{"delta": {"content": piece}}]} for piece in ("He", "llo \u00fc!")]
-        chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-        events = [sse(chunk, done=False) for chunk in chunks]
+        document = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        choices = [{"delta": {"content": piece}} for piece in ("He", "llo \u00fc!")]
+        choices.append({"delta": {}, "finish_reason": "stop"})
+        events = [sse({"choices": [choice]}, done=False) for choice in choices]
         events.append(sse({"choices": [], "usage": {"total_tokens": 1}}))
         client = self.client(max_retries=0)
-        complete = {}
-        for name, size, end in self.cuts("text/event-stream", *events):
-            texts = []
-            try:
-                with client.stream("Hello") as stream:
-                    for chunk in stream:
-                        texts.append(chunk.text)
-                self.assertEqual((stream.result().text, "".join(texts)), (text, text), (name, end))
-                self.assertEqual(stream.result().finish_reason, "stop")
-                complete.setdefault(name, []).append(end)
-                self.assertGreater(end, size / 2)
-            except lowrouter.LowRouterError as error:
-                partial = error.completion.text if error.completion else ""
-                self.assertEqual(partial, "".join(texts), (name, end))
-                self.assertTrue(text.startswith(partial), (name, end))
-                self.assertNotIn("stop", repr(error.completion), (name, end))
-        self.assertGreater(min(map(len, complete.values())), 1)
+        for kind, read, blocks, cuts in (
+            ("application/json", lambda: [client.chat("Hello")], [document[:40], document[40:]], 0),
+            ("text/event-stream", lambda: client.stream("Hello"), events, 1),
+        ):
+            complete = {}
+            for name, size, end in self.cuts(kind, *blocks):
+                texts = []
+                try:
+                    texts.extend(item.text for item in read())
+                    self.assertEqual("".join(texts), text, (name, end))
+                    complete.setdefault(name, []).append(end)
+                    self.assertGreater(end, size / 2)
+                except lowrouter.LowRouterError as error:
+                    partial = error.completion.text if error.completion else ""
+                    self.assertEqual(partial, "".join(texts), (name, end))
+                    self.assertNotIn("stop", repr(error.completion), (name, end))
+            self.assertEqual(len(complete), 3)
+            self.assertGreater(min(map(len, complete.values())), cuts)  # after the finish reason
 
     def test_framing_that_cannot_be_trusted_is_an_error_at_once(self):
         body = json.dumps(SMALL).encode()
@@ -3716,49 +3573,35 @@ class TestTruncation(Case):
         responses = [in_chunks + end for end in ends]
         for coding in ("chunked ", "gzip, chunked"):
             responses.append(head("200 OK", "Transfer-Encoding: " + coding) + chunked(body))
-        odd = (["Content-Length: 10"], ["Content-Length: 999"], ["Content-Length: 5", length])
-        responses += [head("200 OK", *each) + body for each in [*odd, ["X: " + long]]]
-        responses += [head("200 OK", f"Content-Length: {n}") + body[:-1] for n in ("-1", "abc")]
-        for status in ("two hundred", "99 No", "2000 OK", "200 " + long):
-            responses.append(head(status) + body)
+        for lines in (["10"], ["999"], ["5", str(len(body))], [f"5\r\nX: {long}"]):
+            responses.append(head("200 OK", *("Content-Length: " + each for each in lines)) + body)
+        for size in ("-1", "abc", "", "+5"):
+            responses.append(head("200 OK", "Content-Length: " + size) + body[:-1])
+        odd = ("two", "99 No", "101 No", "2000 OK", "200 " + long, "200 OK" + "\r\nX: 1" * 10000)
+        responses += [head(status) + body for status in odd]
         responses += [head("200 OK"), b"\r\n" + head("200 OK"), body, b"", b"SSH-2.0-x\r\n"]
-        responses += [head("101 Switching Protocols"), head("200 OK", *["X: 1"] * 10000) + body]
-        client = self.client(max_retries=0, timeout=5)
-        for response in responses:
-            for call in ("chat", "stream", "models"):
-                with self.subTest(response[:99], call=call), self.takes(0):
-                    self.stub.script.clear()
-                    self.stub.play(response, CUT, times=2)  # a GET may be sent twice
-                    error = self.error(lowrouter.LowRouterError, CALLS[call], client)
-                    self.assertIsNone(error.completion)
-        self.stub.script.clear()
+        settings = {"max_retries": 0, "timeout": 5}
+        for response, call in itertools.product(responses, ("chat", "stream", "models")):
+            with self.subTest(response[:99], call=call), self.takes(0):
+                error = failed_call(self, lowrouter.LowRouterError, call, response, CUT, **settings)
+                self.assertIsNone(error.completion)
         for end in [*ends, b"5\r\nab"]:
             with self.subTest(end[:99]), self.takes(0):
-                self.stub.play(BEGUN + end, CUT)
-                error = self.error(lowrouter.StreamError, CALLS["stream"], client)
+                error = failed_call(self, lowrouter.StreamError, "stream", BEGUN + end, CUT)
                 self.assertEqual(error.completion.text, "so far")
         hidden = [head("200 OK", each, length) for each in ("N\xc3\xa4: x", "no colon", "Name : x")]
         for response in [in_chunks + b"-5\r\n", *hidden]:
             with self.subTest(response), self.takes(0):
-                self.stub.play(response + body, STALL)
-                self.error(lowrouter.BadResponseError, client.chat, "Hello")
+                failed_call(self, lowrouter.BadResponseError, "chat", response + body, STALL)
 
-    def test_a_complete_answer_in_odd_framing_is_that_answer_or_an_error(self):
+    def test_odd_framing_that_is_clear_is_accepted(self):
         body = json.dumps(SMALL).encode()
         length = f"Content-Length: {len(body)}"
         sized = b"%08x\r\n" % len(body) + body + b"\r\n00000000\r\n\r\n"
-        clear = [head("200 OK", length, each) + body for each in ("no colon", "N\xc3\xa4me: x")]
-        clear.append(head("200 OK", "Transfer-Encoding: chunked") + sized)
-        odd = [(length, "Content-Length: 5"), (length, length), ("Transfer-Encoding: identity",)]
-        odd += [(f"Content-Length: {each}",) for each in ("-1", "abc", "", "+5")]
-        for response in [*clear, *(head("200 OK", *lines) + body for lines in odd)]:
-            with self.subTest(response):
-                self.stub.play(response, CUT)
-                try:
-                    self.assertEqual(self.client(max_retries=0).chat("Hello"), SMALL)
-                except lowrouter.LowRouterError as error:
-                    self.assertIsNone(error.completion)
-                    self.assertNotIn(response, clear)
+        for each in ("no colon", "N\xc3\xa4me: x"):
+            self.assertEqual(self.chat(head("200 OK", length, each) + body, CUT), SMALL)
+        in_chunks = head("200 OK", "Transfer-Encoding: chunked")
+        self.assertEqual(self.chat(in_chunks + sized, CUT), SMALL)
 
 
 class TestKey(Case):
@@ -3790,11 +3633,8 @@ class TestKey(Case):
         responses.append(head("302 Found", f"Location: https://{KEY}@x/{KEY}"))
         responses += [head("400 Bad", echoed.replace(":", "")), reply(quoted)[:-2]]
         responses.append(reply(echoed, content_encoding=KEY + " gzip"))
-        for header in (
-            "Transfer-Encoding: ",
-            "Content-Length: ",
-            "Transfer-Encoding: chunked\r\n\r\n",
-        ):
+        coding = "Transfer-Encoding: "
+        for header in (coding, "Content-Length: ", coding + "chunked\r\n\r\n"):
             responses.append(head("200 OK", header + KEY) + echoed.encode())
         responses += [f"{start}{KEY} OK\r\n\r\n".encode() for start in ("HTTP/1.1 ", "")]
         for response, call in itertools.product([*responses, b""], CALLS):
@@ -3851,50 +3691,38 @@ class TestKey(Case):
 
     def test_a_key_that_occurs_in_ordinary_text_does_not_change_it(self):
         routed = {"X_LowRouter_Region": "eu-west", "X_LowRouter_Generation_ID": "gen_test"}
+        settings = {"route": {"region": "eu-west"}}
         for key in ("x", "ed", "key", "test", "west", "chunked", "event-stream", "application"):
             with self.subTest(key=key):
-                client = self.client(api_key=key, route={"region": "eu-west"})
                 self.stub.play(stream_head(**routed) + chunked(sse(delta("a", "stop"))))
-                completion = client.stream("Hello").result()
+                completion = self.client(api_key=key, **settings).stream("Hello").result()
                 self.assertEqual((completion.text, completion.generation_id), ("a", "gen_test"))
-                self.stub.play(reply(SMALL, **routed))
-                self.assertEqual(client.chat("Hello").region, "eu-west")
+                completion = self.chat(reply(SMALL, **routed), api_key=key, **settings)
+                self.assertEqual(completion.region, "eu-west")
         public = "no lr-sk- ed"  # the beginning of every key, and two letters
+        refusal = reply({"error": {"message": public}}, "400 Bad", x_hint=public)
         for key in (KEY, "ed"):
-            self.stub.play(reply({"error": {"message": public}}, "400 Bad", x_hint=public))
-            error = self.error(lowrouter.APIStatusError, self.client(api_key=key).chat, "Hello")
+            error = failed_call(self, lowrouter.APIStatusError, "chat", refusal, api_key=key)
             self.assertEqual((error.message, error.headers["X-Hint"]), (public, public))
 
-    def test_logs_debug_output_and_other_openers_do_not_see_the_key(self):
-        seen = io.StringIO()
-        handler = logging.StreamHandler(seen)
-        enter(self, mock.patch.object(logging.root, "handlers", [handler]))
-        enter(self, mock.patch.object(logging.root, "level", logging.DEBUG))
-        enter(self, mock.patch.object(http.client.HTTPConnection, "debuglevel", 1))
-        opener = enter(self, mock.patch("urllib.request._opener"))
-        with contextlib.redirect_stdout(seen), contextlib.redirect_stderr(seen):
-            client = self.client()
-            stream = client.stream("Hello")
-            print(client, stream, stream.result(), client.chat("Hello"))
-            self.stub.play(reply("", "400 " + KEY))
-            self.error(lowrouter.APIStatusError, client.models)
-        self.assert_key_is_hidden(seen.getvalue())
-        self.assertEqual(opener.mock_calls, [])
-
-    def test_audit_hooks_do_not_see_the_key(self):
+    def test_logs_debug_output_and_audit_hooks_do_not_see_the_key(self):
         script = """
+            import http.client, logging, urllib.request
+            logging.basicConfig(level=logging.DEBUG)
+            http.client.HTTPConnection.debuglevel = 1
+            urllib.request.install_opener("which fails if it is used")
             seen = []
             client = lowrouter.Client(sys.argv[2], base_url=sys.argv[3])
             sys.addaudithook(lambda name, details: seen.append((name, repr(details))))
-            client.chat("Hello")
-            client.stream("Hello").result()
-            client.models()
+            stream = client.stream("Hello")
+            print(client, stream, stream.result(), client.chat("Hello"), client.models())
             found = list(seen)
             print([name for name, details in found if sys.argv[2] in details])
             print({"urllib.Request", "socket.connect"} <= {name for name, details in found})
         """
-        process = run_script(self, script, KEY, self.stub.url)
-        self.assertEqual(process.communicate(timeout=30), ("[]\nTrue\n", ""))
+        output, errors = run_script(self, script, KEY, self.stub.url).communicate(timeout=30)
+        self.assert_key_is_hidden(output)
+        self.assertEqual((output.splitlines()[-2:], errors), (["[]", "True"], ""))
 
     def test_redirects_are_refused_and_nothing_is_sent_there(self):
         other = enter(self, StubGateway())
@@ -3910,17 +3738,12 @@ class TestKey(Case):
                     error = failed_call(self, lowrouter.BadResponseError, call, moved)
                     self.assertRegex(str(error), f"{status}.*{re.escape(targets[target])}")
                     self.assertNotIn(NEVER_SHOWN, str(error))
-        unknown = head("302 Found", "Content-Length: 0")
-        failed_call(self, lowrouter.BadResponseError, "models", unknown)
+        failed_call(self, lowrouter.BadResponseError, "models", head("302 No", "Content-Length: 0"))
         self.assertEqual((len(self.stub.requests), other.connections), (41, 0))
 
 
 class TestTls(WithCertificates):
     NAMES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-
-    def ask(self, stub, **settings):
-        with lowrouter.Client(KEY, base_url=stub.url, **settings) as client:
-            return client.chat("Say hello").text
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_parent_and_child_of_a_fork_share_neither_connections_nor_context(self):
@@ -3957,11 +3780,10 @@ class TestTls(WithCertificates):
         self.assertEqual(process.stdout.readline(), "child is done\n")
         done.set()
         self.assertEqual(process.communicate(timeout=30), ("True so far! 1 2\n", ""))
-        used = {"Hello": set(), "parent": set(), "child": set()}
+        used = set()  # by whom, and the number of the connection
         for request in stub.requests:
-            used[request.json["messages"][0]["content"].split()[0]].add(request.connection)
-        self.assertEqual([len(each) for each in used.values()], [1, 1, 1])
-        self.assertEqual(len(set.union(*used.values())), 3)
+            used.add((request.json["messages"][0]["content"].split()[0], request.connection))
+        self.assertEqual(sorted(used), [("Hello", 1), ("child", 3), ("parent", 2)])
 
     def test_the_cas_are_those_of_the_first_setting_that_is_not_empty(self):
         stub = self.gateway()
@@ -3972,41 +3794,43 @@ class TestTls(WithCertificates):
         file, folder, third, fourth = self.NAMES
         trusted = [{name: path} for path in (ca, hashed) for name in ("ca_file", third)]
         trusted += [{folder: path} for path in folders]
-        trusted += [{file: ca}, {fourth: ca}, {file: ca, folder: missing}, {file: "", third: ca}]
+        trusted += [{file: ca, third: stranger}, {fourth: ca}, {file: ca, folder: missing}]
         trusted += [{file: "", folder: "", third: "", fourth: ca}, {file: stranger, folder: hashed}]
-        trusted += [{"ca_file": ca, file: stranger, fourth: stranger}, {file: ca, third: stranger}]
+        trusted += [{"ca_file": ca, file: stranger, fourth: stranger}]
         trusted += [{folder: hashed, third: stranger}, {third: ca, fourth: stranger}]
         refused = [{}, {file: "", folder: ""}, {"ca_file": stranger, file: ca, folder: hashed}]
         refused += [{file: stranger, third: ca}, {folder: empty, fourth: ca}]
-        refused += [{third: stranger, fourth: ca}]
-        for settings in [*trusted, *refused]:
+        for settings in [*trusted, *refused, {third: stranger, fourth: ca}]:
             variables = dict(settings)
             ca_file = variables.pop("ca_file", None)
             with self.subTest(settings), mock.patch.dict(os.environ, variables):
+                client = self.client(base_url=stub.url, ca_file=ca_file)
                 if settings in trusted:
-                    self.assertEqual(self.ask(stub, ca_file=ca_file), "Hello!")
+                    self.assertEqual(client.chat("Say hello").text, "Hello!")
                     continue
-                error = self.error(lowrouter.APIConnectionError, self.ask, stub, ca_file=ca_file)
+                error = self.error(lowrouter.APIConnectionError, client.chat, "Hello")
                 self.assertIn("certificate", str(error))
                 self.assertIn(next(iter(settings.values()), ""), str(error))
         # Empty variables leave the CAs of the system, which this makes the private one.
         system = ssl.get_default_verify_paths()._replace(openssl_cafile=ca, openssl_capath=hashed)
         enter(self, mock.patch("ssl.get_default_verify_paths", return_value=system))
         enter(self, mock.patch.dict(os.environ, dict.fromkeys(self.NAMES, "")))
-        self.assertEqual(self.ask(stub), "Hello!")
+        self.assertEqual(self.client(base_url=stub.url).chat("Say hello").text, "Hello!")
 
     def test_cas_that_cannot_be_loaded_are_an_error_that_names_them(self):
         stub = self.gateway()
-        for path in (self.path("missing.pem"), self.path("garbage.pem")):
-            error = self.error(lowrouter.ConfigError, self.ask, stub, ca_file=path)
-            self.assertIn(path, str(error))
-            for name in self.NAMES:
-                with self.subTest(path, name=name), mock.patch.dict(os.environ, {name: path}):
-                    error = self.error(lowrouter.ConfigError, lowrouter.Client, KEY)
-                    self.assertIn(path, str(error))
-                    self.assertIn(name if "missing" in path else "", str(error))
-                    self.assertEqual(self.client().chat("Say hello").text, "Hello!")  # no TLS
-        self.error(lowrouter.ConfigError, self.ask, stub, ca_file=3)
+        paths = (self.path("missing.pem"), self.path("garbage.pem"))
+        for path, name in itertools.product(paths, self.NAMES):
+            with self.subTest(path, name=name), mock.patch.dict(os.environ, {name: path}):
+                error = self.error(lowrouter.ConfigError, lowrouter.Client, KEY)
+                self.assertIn(path, str(error))
+                self.assertIn(name if "missing" in path else "", str(error))
+                self.assertEqual(self.client().chat("Say hello").text, "Hello!")  # without TLS
+        for ca_file in (*paths, 3):
+            error = self.error(
+                lowrouter.ConfigError, self.client, base_url=stub.url, ca_file=ca_file
+            )
+            self.assertIn(str(ca_file), str(error))
         self.assertEqual(stub.connections, 0)
         path = shutil.copy(self.path("ca.pem"), self.path("vanishes.pem"))
         client = self.client(base_url=stub.url, ca_file=path)
@@ -4036,11 +3860,11 @@ class TestTls(WithCertificates):
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "descriptors cannot be counted here")
     def test_no_end_of_a_call_leaks_a_descriptor(self):
         ends = [[reply(SMALL)], [reply("<html>")], [reply("", "500 Oops")], [b"garbage\r\n\r\n"]]
-        ends += [[head("302 Found", "Location: http://other.test/")], [reply(SMALL)[:-1], CUT]]
-        ends += [[CUT], [STALL], [BEGUN, STALL], [BEGUN, CUT]]
+        ends += [[reply(SMALL)[:-1], CUT], [CUT], [STALL], [BEGUN, STALL], [BEGUN, CUT]]
+        ends += [[head("302 Found", "Location: http://other.test/")]]
         expired = {"base_url": self.gateway("expired").url, "ca_file": self.path("ca.pem")}
         self.stub.close()
-        kept = []
+        errors = []  # with their tracebacks
         before = count_descriptors()
         with StubGateway() as stub, Peer(tunnels(None, reply("", "407 No"))) as proxy:
             enter(self, mock.patch.dict(os.environ, HTTPS_PROXY=proxy.url))
@@ -4052,11 +3876,11 @@ class TestTls(WithCertificates):
                     try:
                         next(client.stream("Hello", timeout=0.01 if STALL in steps else 5))
                     except lowrouter.LowRouterError as error:
-                        kept.append(error)  # with its traceback
+                        errors.append(error)
                 client.close()
             stub.script.clear()
         self.assertLessEqual(count_descriptors(), before)
-        self.assertGreater(len(kept), 60)
+        self.assertGreater(len(errors), 60)
 
 
 class TestProxies(WithCertificates):
@@ -4077,9 +3901,12 @@ class TestProxies(WithCertificates):
         for host, direct, proxied in (
             ("gateway.test", "gateway.test|GateWay.TEST|gateway.test.|test|*", "gateway|,|.|"),
             ("gateway.test", "x.test, gateway.test|x.test gateway.test|x.test,*", "x.test"),
-            ("gateway.test", "gateway.test:443| gateway.test ,", "eway.test|gateway.test:80"),
-            ("gateway.test", ".test", "gateway.test.org|10.0.0.1"),
-            ("GATEWAY.test.", "gateway.test", "gateway"),
+            (
+                "gateway.test",
+                "gateway.test:443| gateway.test ,",
+                "eway.test|gateway.test:80|10.0.0.1",
+            ),
+            ("GATEWAY.test.", "gateway.test|.test", "gateway|gateway.test.org"),
             ("eu.gateway.test", "gateway.test|.gateway.test|*.gateway.test", "us.gateway.test"),
             ("gateway.test:8443", "gateway.test:8443|gateway.test|.test:8443", "gateway.test:443"),
             ("10.1.2.3", "10.1.2.3", "10.1.2.4"),
@@ -4087,11 +3914,10 @@ class TestProxies(WithCertificates):
             ("[fd00::1]", "fd00::1|[fd00::1]|[FD00::1]", "fd00::2"),
             ("[fd00::1]:8443", "[fd00::1]:8443", "[fd00::1]:443"),
         ):
-            for entries, expected in ((direct, False), (proxied, True)):
-                for no_proxy in entries.split("|"):
-                    with self.subTest(host, no_proxy=no_proxy):
-                        settings = {"HTTPS_PROXY": "@", "NO_PROXY": no_proxy}
-                        self.assertIs(self.proxied("https://" + host, **settings), expected)
+            for no_proxy in [*direct.split("|"), *proxied.split("|")]:
+                with self.subTest(host, no_proxy=no_proxy):
+                    got = self.proxied("https://" + host, HTTPS_PROXY="@", NO_PROXY=no_proxy)
+                    self.assertIs(got, no_proxy in proxied.split("|"))
 
     def test_which_variables_name_a_proxy(self):
         yes = [{"HTTPS_PROXY": "@"}, {"https_proxy": " http://@/ "}]
@@ -4107,8 +3933,8 @@ class TestProxies(WithCertificates):
             self.assertFalse(self.proxied(url, HTTP_PROXY="@", HTTPS_PROXY="@"))
         with only_loopback(), mock.patch.dict(os.environ, HTTPS_PROXY="127.0.0.1"):
             client = self.client(base_url="https://gateway.test", max_retries=0)
-            error = self.error(lowrouter.APIConnectionError, client.chat, "Hello")
-            self.assertIn("127.0.0.1:80", str(error))  # the port by default
+        error = self.error(lowrouter.APIConnectionError, client.chat, "Hello")
+        self.assertIn("127.0.0.1:80", str(error))  # the port by default
 
     def failed(self, proxy, login="", **settings):
         """The error of a call through a proxy that does not make a tunnel."""
@@ -4121,8 +3947,7 @@ class TestProxies(WithCertificates):
         login = "user:pa%3Ass%20word@"
         encoded = "Basic dXNlcjpwYTpzcyB3b3Jk"  # user:pa:ss word
         echoed = "user:pa:ss word pa%3Ass%20word " + encoded
-        final = ("407 No", "401 No", "403 No", "302 Found", "404 No")
-        responses = {reply(echoed, status): 1 for status in final}
+        responses = {reply(echoed, f"{status} No"): 1 for status in (407, 401, 403, 302, 404)}
         responses[reply("<html>", "502 Bad Gateway")] = 3
         odd = (b"220 smtp.test ESMTP\r\n", b"", b"HTTP/1.1 200 OK\r\nX", b"\x05\xff\x00\r\n\r\n")
         responses.update(dict.fromkeys(odd, 3))
@@ -4149,8 +3974,7 @@ class TestProxies(WithCertificates):
 
     def test_a_login_goes_to_the_proxy_byte_for_byte(self):
         logins = {"user:pass@": b"user:pass", "user@": b"user:", ":pass@": b":pass", "": b""}
-        logins["u%40x:p%3A%e9@"] = b"u@x:p:\xe9"
-        for login, sent in logins.items():
+        for login, sent in {**logins, "u%40x:p%3A%e9@": b"u@x:p:\xe9"}.items():
             with self.subTest(login), Peer(tunnels(None, b"")) as proxy:
                 self.failed(proxy, login, max_retries=0)
                 expected = b"\r\nHost: gateway.test:8443"
@@ -4200,10 +4024,9 @@ class TestBounds(Case):
             ("chat", "LowRouterError", 20, b"HTTP/1.1 200 OK\r\n", b"X: 1\r\n" * 10000, 100),
         ):
             with self.subTest(start=start, data=data[:20]):
-                self.stub.play(start, Drip(data, 0, times), CUT)
+                steps = [start, Drip(data, 0, times), CUT]
                 with self.memory(megabytes):
-                    kind = getattr(lowrouter, kind)
-                    error = self.error(kind, CALLS[call], self.client(max_retries=0))
+                    error = failed_call(self, getattr(lowrouter, kind), call, *steps, max_retries=0)
                 if start == BEGUN:
                     self.assertEqual(error.completion.text, "so far")
                 self.assertLess(len(error.body or ""), 1 << 20)
@@ -4235,19 +4058,17 @@ class TestBounds(Case):
     def test_json_that_cannot_be_read_is_a_bad_response(self):
         text = json.dumps(SMALL)
         bodies = [text.encode("utf-16"), text.encode("utf-32"), text + text, text + "\0", " "]
-        for body in [*bodies, '{"a":' * 100000, "\ufeff <html>", '{"choices": 5}']:
-            for call in ("chat", "stream"):
-                with self.subTest(body[:20], call=call):
-                    error = failed_call(self, lowrouter.BadResponseError, call, reply(body))
-                    self.assertLess(len(str(error)), 1000)
-        odd = [json.dumps({**SMALL, "n": float(name)}) for name in ("inf", "nan")]
+        bodies += ['{"a":' * 100000, "\ufeff <html>", '{"choices": 5}']
+        for body, call in itertools.product(bodies, ("chat", "stream")):
+            with self.subTest(body[:20], call=call):
+                error = failed_call(self, lowrouter.BadResponseError, call, reply(body))
+                self.assertLess(len(str(error)), 1000)
+        odd = [json.dumps({**SMALL, "n": float(number)}) for number in ("inf", "nan")]
         for body in [*odd, "\ufeff" + text]:
             self.assertEqual(self.chat(reply(body)).text, "whole")
 
 
-class TestVisibleBugs(Case):
-    """A bug in lowrouter.py must not look like a failure of the network or of the gateway."""
-
+class TestVisibleBugs(Case):  # which must not look like failures of the network
     def run_traced(self, name, lines, line=None, bug=None):
         """The error of a call that adds its lines of lowrouter.py, with a bug at one of them."""
 
@@ -4275,82 +4096,33 @@ class TestVisibleBugs(Case):
     def test_an_exception_raised_at_any_line_is_raised_as_itself(self):
         # http.client's destructor fails if our constructor did not reach its own.
         enter(self, mock.patch("sys.unraisablehook"))
-        for name in ("chat", "stream", "models"):
+        kinds = ((ValueError, 1), (TypeError, 6), (KeyError, 6))
+        for name, (kind, step) in itertools.product(("chat", "stream", "models"), kinds):
             lines = set()
             self.assertIsNone(self.run_traced(name, lines))
             self.assertGreater(len(lines), 100)
-            for kind, step in ((ValueError, 1), (TypeError, 6), (KeyError, 6)):
-                disguised = []
-                for line in sorted(lines)[::step]:
-                    bug = kind("a bug")
-                    error = self.run_traced(name, set(), line, bug)
-                    if error not in (None, bug):
-                        disguised.append(type(error))
-                if kind is ValueError:  # which parsing foreign data raises
-                    self.assertLessEqual(len(disguised), len(lines) // 7)
-                else:  # the caller's values may be no JSON
-                    self.assertIn(disguised, ([], [lowrouter.ConfigError]))
+            disguised = []
+            for line in sorted(lines)[::step]:
+                bug = kind("a bug")
+                error = self.run_traced(name, set(), line, bug)
+                if error not in (None, bug):
+                    disguised.append(type(error))
+            if kind is ValueError:  # which parsing foreign data raises
+                self.assertLessEqual(len(disguised), len(lines) // 7)
+            else:  # the caller's values may be no JSON
+                self.assertIn(disguised, ([], [lowrouter.ConfigError]))
 
 
 @unittest.skipUnless(shutil.which("curl") and shutil.which("bash"), "needs curl and bash")
-class TestCurl(WithCertificates):
-    """What works in curl works here: the stub compares what it received from both."""
-
+class TestCurl(WithCertificates):  # the stub compares what it received from curl and from us
     def bash(self, script, **variables):
         """What a script prints. curl must find neither a proxy nor a configuration file."""
         names = {"LOWROUTER_API_KEY": KEY, "URL": self.stub.url, "no_proxy": "*", "LC_ALL": "C"}
         names.update(PATH=os.environ.get("PATH", os.defpath), HOME=os.devnull, **variables)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        script = script.encode("utf-8") + b"\n"
-        run = subprocess.run(["bash", "--norc"], input=script, env=names, timeout=20, **pipes)
+        options = {"input": script.encode("utf-8") + b"\n", "env": names, "timeout": 20}
+        run = subprocess.run(["bash", "--norc"], capture_output=True, **options)
         self.assertEqual(run.returncode, 0, run.stderr)
         return run.stdout.decode("utf-8")
-
-    def assert_same_request(self):
-        """The last two requests must agree, except for `stream_options`, which we add."""
-        requests = []
-        for request in self.stub.requests[-2:]:
-            body = dict(request.json or {})
-            body.pop("stream_options", None)
-            headers = [request.headers[name] for name in ("Authorization", "Content-Type")]
-            self.assertEqual("Content-Length" in request.headers, bool(request.body))
-            requests.append((request.method, request.path, headers, body))
-        self.assertEqual(*requests)
-        self.assertEqual(requests[0][2][0], "Bearer " + KEY)
-
-    def test_each_command_of_the_page_on_curl_has_its_call(self):
-        client = self.client()
-        name = client.chat("Hello").generation_id
-        question = "In one sentence, what is a vector database?"
-        pinned = {"route": {"region": "eu-west", "provider": "openai"}}
-        mini = {"model": "openai/gpt-4o-mini", **pinned}
-        for prompt, fields, call in (
-            (question, {}, lambda: client.chat(question)),
-            ("Count to 5", {"stream": True}, lambda: client.stream("Count to 5").result()),
-            ("Hello", mini, lambda: client.chat("Hello", model="openai/gpt-4o-mini", **pinned)),
-            ("/models", None, client.models),
-            ("/generation/" + name, None, lambda: client.generation(name)),
-        ):
-            with self.subTest(prompt, fields=fields):
-                command = 'curl -H "Authorization: Bearer $LOWROUTER_API_KEY" -N $URL'
-                if fields is None:
-                    command += prompt
-                else:
-                    messages = [{"role": "user", "content": prompt}]
-                    body = json.dumps({"model": "lowrouter/auto", "messages": messages, **fields})
-                    command += f"/chat/completions -H 'Content-Type: application/json' -d '{body}'"
-                output = self.bash(command)
-                ours = call()
-                self.assert_same_request()
-                if output.startswith("data: "):
-                    self.assertTrue(output.endswith("data: [DONE]\n\n"))
-                    continue
-                output = json.loads(output)
-                if fields is None:
-                    self.assertEqual(output.get("data", output), ours)
-                else:
-                    self.assertEqual(output["choices"], ours["choices"])
-                    self.assertEqual(output["lowrouter"]["eco"], ours.eco)
 
     def test_the_printed_command_survives_bash(self):
         client = self.client()
@@ -4361,18 +4133,21 @@ class TestCurl(WithCertificates):
         for stream in (False, True):
             with self.subTest(stream=stream):
                 command = client.curl(prompt, stream=stream, **fields)
-                self.assertNotIn(KEY, command)
                 self.assertIn('"Authorization: Bearer $LOWROUTER_API_KEY"', command)
                 self.assertEqual(" -N " in command, stream)
                 output = self.bash(history + command)
                 if stream:
                     client.stream(prompt, **fields).result()
-                    self.assertIn("[DONE]", output)
+                    self.assertTrue(output.endswith("data: [DONE]\n\n"))
                 else:
                     choices = client.chat(prompt, **fields)["choices"]
                     self.assertEqual(json.loads(output)["choices"], choices)
-                self.assert_same_request()
-                self.assertEqual(self.stub.requests[-1].json["messages"][0]["content"], prompt)
+                requests = []
+                for request in self.stub.requests[-2:]:
+                    headers = [request.headers[each] for each in ("Authorization", "Content-Type")]
+                    requests.append((request.method, request.path, headers, request.json))
+                self.assertEqual(*requests)
+                self.assertEqual(request.json["messages"][0]["content"], prompt)
 
     def test_settings_of_the_client_are_printed_too(self):
         headers = {"X-LowRouter-Region": "us-east", "X-Title": "it's `mine`", "X-Empty": ""}
@@ -4385,8 +4160,8 @@ class TestCurl(WithCertificates):
             file.write(KEY + "\n")
         with mock.patch.dict(os.environ, LOWROUTER_API_KEY_FILE=path):
             command = self.client(api_key=None).curl("Say hello")
-        variables = {"LOWROUTER_API_KEY": "", "LOWROUTER_API_KEY_FILE": path}
-        self.assertIn("Hello!", self.bash(command, **variables))
+        output = self.bash(command, LOWROUTER_API_KEY="", LOWROUTER_API_KEY_FILE=path)
+        self.assertIn("Hello!", output)
         url = self.gateway().url
         for ca in (shutil.copy(self.path("ca.pem"), self.path("the ca.pem")), self.path("hashed")):
             command = self.client(base_url=url, ca_file=ca).curl("Say hello")
@@ -4435,37 +4210,29 @@ class TestStub(Clean):
         for model in ("lowrouter/auto", "lowrouter/auto-cheap", "openai/gpt-4o"):
             with self.subTest(model=model):
                 completion, record = self.complete("What is a vector database?", model=model)
-                usage = completion["usage"]
-                names = ("prompt_tokens", "completion_tokens", "total_tokens")
-                prompt, written, total = (usage[name] for name in names)
-                self.assertEqual(prompt + written, total)
-                self.assertEqual([record[name] for name in names], [prompt, written, total])
-                for name in ("generation_id", "provider", "region", "eco"):
-                    self.assertEqual(record[name], completion["lowrouter"][name])
-                self.assertEqual(record["requested_model"], model)
-                self.assertEqual(record["resolved_model"], completion["model"])
-                self.assertEqual(record["cost_credits"], usage["cost"])
-                self.assertGreater(usage["cost"], 0)
+                expected = {**completion["usage"], **completion["lowrouter"], "status": "ok"}
+                expected.update(requested_model=model, resolved_model=completion["model"])
+                expected["cost_credits"] = expected.pop("cost")
+                self.assertEqual({name: record[name] for name in expected}, expected)
+                total = record["prompt_tokens"] + record["completion_tokens"]
+                self.assertEqual(record["total_tokens"], total)
+                self.assertGreater(record["cost_credits"], 0)
                 per_1k = record["eco"]["carbon_g"] / total * 1000
                 self.assertAlmostEqual(per_1k, record["eco"]["carbon_per_1k_tokens_g"], 6)
                 self.assertLessEqual(record["created_at"], record["completed_at"])
-                self.assertEqual(record["status"], "ok")
                 self.assertNotIn(KEY, json.dumps(record))
         completion, record = self.complete(model="deepinfra/preview-1")  # its size is unknown
         self.assertNotIn("eco", completion["lowrouter"])
         self.assertIsNone(record["eco"])
 
-    def test_a_record_with_its_routing_trace_fits_a_small_terminal(self):
-        completion, record = self.complete(model="lowrouter/auto")
-        self.assertLessEqual(len(json.dumps(record, indent=2).split("\n")), 30)
-        trace = record["routing_trace"]
-        self.assertEqual(len(trace), 3)
-        self.assertEqual([line for line in trace if "picked" in line], trace[:1])
-        for value in (completion["model"], record["provider"], record["region"]):
-            self.assertIn(value, trace[0])
-
     def test_routing_weighs_price_and_carbon_as_requested(self):
-        auto = self.complete()[1]
+        completion, auto = self.complete()
+        self.assertLessEqual(len(json.dumps(auto, indent=2).split("\n")), 30)  # fits a terminal
+        trace = auto["routing_trace"]
+        picked = [line for line in trace if "picked" in line]
+        self.assertEqual((len(trace), picked), (3, trace[:1]))
+        for value in (completion["model"], auto["provider"], auto["region"]):
+            self.assertIn(value, trace[0])
         cheap = self.complete(model="lowrouter/auto-cheap")[1]
         green = self.complete(route={"prefer_low_carbon": True})[1]
         auto_carbon, cheap_carbon, green_carbon = (
@@ -4477,7 +4244,6 @@ class TestStub(Clean):
 
     def test_a_pinned_route_is_kept(self):
         for header, route, region, provider in (
-            (None, {"region": "eu-west", "provider": "openai"}, "eu-west", "openai"),
             (None, {"region": "us-east", "provider": "deepinfra"}, "us-east", "deepinfra"),
             (None, {"region": "us-west", "provider": None}, "us-west", None),
             ("us-east", None, "us-east", None),
@@ -4490,7 +4256,6 @@ class TestStub(Clean):
 
     def test_errors_look_like_those_of_openai_and_leave_a_record(self):
         hello = [{"role": "user", "content": "Hello"}]
-        nowhere = {"messages": hello, "route": {"region": "ap-south"}}
         elsewhere = {"messages": hello, "model": "openai/gpt-4o", "route": {"provider": "mistral"}}
         for body, status, code in (
             (b'{"messages": [', 400, "invalid_json"),
@@ -4501,7 +4266,7 @@ class TestStub(Clean):
             ({"messages": hello, "route": "eu-west"}, 400, "invalid_type"),
             ({"messages": hello, "tools": [7]}, 400, "invalid_body"),
             ({"messages": hello, "model": "openai/gpt-9"}, 404, "model_not_found"),
-            (nowhere, 503, "service_unavailable"),
+            ({"messages": hello, "route": {"region": "ap-south"}}, 503, "service_unavailable"),
             (elsewhere, 503, "service_unavailable"),
         ):
             with self.subTest(body=body):
@@ -4527,12 +4292,8 @@ class TestStub(Clean):
             with self.subTest(method=method, path=path, key=key):
                 got, _, raw = self.ask(method, path, key=key)
                 self.assertEqual((got, json.loads(raw)["error"]["code"]), (status, code))
-
-    def test_an_id_is_percent_decoded(self):
-        name = "a/b?c#d ü"
-        self.stub.gateway.records[name] = {"generation_id": name}
-        path = "/generation/" + urllib.parse.quote(name, safe="")
-        self.assertEqual(self.get(path), {"generation_id": name})
+        self.stub.gateway.records["a/ü"] = {"found": True}  # an id is percent-decoded
+        self.assertEqual(self.get("/generation/a%2F%C3%BC"), {"found": True})
 
     def test_every_model_is_served_in_each_of_its_regions(self):
         providers = {each["id"]: each["regions"] for each in self.get("/providers")["data"]}
@@ -4542,8 +4303,8 @@ class TestStub(Clean):
             self.assertGreater(model["context_length"], 0)
             for region in model["regions"]:
                 completion = self.complete(model=model["id"], route={"region": region})[0]
-                self.assertEqual(completion["model"], model["id"])
-                self.assertEqual(completion["lowrouter"]["region"], region)
+                served = (completion["model"], completion["lowrouter"]["region"])
+                self.assertEqual(served, (model["id"], region))
 
     def test_the_balance_goes_down_by_the_cost(self):
         before = self.get("/credits")["balance"]
@@ -4554,32 +4315,17 @@ class TestStub(Clean):
         body = {"messages": [{"role": "user", "content": "Hello"}]}
         self.assertEqual(self.ask("POST", "/chat/completions", body)[0], 402)
 
-    def test_prompts_are_answered_by_the_documented_rules(self):
-        other = StubGateway()
-        self.addCleanup(other.close)
-        for prompt, text in (
-            ("Say hello.", "Hello!"),
-            ("hi", "Hello! How can I help you today?"),
-            ("Count to 3", "1\n2\n3"),
-            ("Why is the sky blue?", "You wrote: Why is the sky blue?"),
-        ):
-            with self.subTest(prompt=prompt):
-                completion = self.client().chat(prompt)
-                self.assertEqual(completion.text, text)
-                self.assertEqual(completion, self.client(base_url=other.url).chat(prompt))
-
     def test_tools_and_formats_are_answered_in_kind(self):
         client = self.client()
         question = "What is the weather in Paris?"
         completion = client.chat(question, tools=[_TOOL])
-        self.assertEqual((completion.finish_reason, completion.text), ("tool_calls", ""))
+        self.assertEqual(completion.finish_reason, "tool_calls")
         call = completion.tool_calls[0]
         arguments = json.loads(call["function"]["arguments"])
         self.assertEqual(arguments, {"city": "Paris", "unit": "C", "days": 1})
-        forbidden = client.chat(question, tools=[_TOOL], tool_choice="none")
-        self.assertEqual(forbidden.tool_calls, [])
-        required = client.chat("Hello", tools=[_TOOL], tool_choice=_TOOL)
-        self.assertEqual(len(required.tool_calls), 1)
+        for prompt, choice, calls in ((question, "none", 0), ("Hello", _TOOL, 1)):
+            got = client.chat(prompt, tools=[_TOOL], tool_choice=choice)
+            self.assertEqual(len(got.tool_calls), calls)
         result = {"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"}
         messages = [{"role": "user", "content": question}, completion.message, result]
         self.assertEqual(client.chat(messages, tools=[_TOOL]).text, "The tool says: 21 degrees")
@@ -4589,21 +4335,25 @@ class TestStub(Clean):
         got = client.chat("Say hello", response_format={"type": "json_object"})
         self.assertEqual(json.loads(got.text), {"answer": "Hello!"})
 
-    def test_a_stream_has_the_same_content_as_a_completion(self):
+    def test_a_stream_and_a_completion_have_the_documented_content(self):
         client = self.client()
-        for prompt, fields in (
-            ("In one sentence, what is a vector database?", {}),
-            ("  «Grüße» 😀\u2028\n\tand `$HOME`  ", {}),
-            ("Count to 100", {"max_tokens": 5}),
-            ("What is the weather in Paris?", {"tools": [_TOOL]}),
-            ("Hello", {"tools": [_TOOL], "tool_choice": "required"}),
-            ("Hello", {"response_format": {"type": "json_object"}}),
+        with StubGateway("another-key-0123") as other, mock.patch.dict(os.environ, other.env):
+            self.assertEqual(client.chat("Hello"), lowrouter.chat("Hello"))
+        for prompt, text, fields in (
+            ("Say hello.", "Hello!", {}),
+            ("hi", "Hello! How can I help you today?", {}),
+            ("Count to 3", "1\n2\n3", {}),
+            ("Why is it blue?", "You wrote: Why is it blue?", {}),
+            ("  «Grüße» 😀\u2028\n\tand `$HOME`  ", mock.ANY, {}),
+            ("Count to 100", mock.ANY, {"max_tokens": 5}),
+            ("What is the weather in Paris?", "", {"tools": [_TOOL]}),
+            ("Hello", "", {"tools": [_TOOL], "tool_choice": "required"}),
+            ("Hello", mock.ANY, {"response_format": {"type": "json_object"}}),
         ):
             with self.subTest(prompt=prompt, **fields):
                 whole = client.chat(prompt, **fields)
+                self.assertEqual(whole.text, text)
                 streamed = client.stream(prompt, **fields).result()
-                for call in streamed.tool_calls:
-                    call.pop("index", None)  # which only chunks have
                 for name in ("text", "tool_calls", "finish_reason", "usage", "eco", "model"):
                     self.assertEqual(getattr(streamed, name), getattr(whole, name), name)
                 record = client.generation(streamed.generation_id)
@@ -4649,20 +4399,14 @@ class TestStub(Clean):
             with self.assertRaises(ConnectionResetError):
                 sock.recv(1)
         seen = [(r.method, r.path, r.body, r.json, r.connection) for r in self.stub.requests]
-        self.assertEqual(seen[0], ("GET", "/", b"", None, 1))
-        self.assertEqual(seen[1], ("POST", "/x", b'{"a": 1}', {"a": 1}, 1))
-        self.assertEqual(seen[2], ("GET", "/", b"", None, 2))
+        get = ("GET", "/", b"", None)
+        post = ("POST", "/x", b'{"a": 1}', {"a": 1})
+        self.assertEqual(seen, [(*get, 1), (*post, 1), (*get, 2)])
         self.assertEqual(self.stub.connections, 2)
 
-    def test_a_step_may_be_a_dict_and_be_repeated_but_is_not_a_string(self):
-        client = self.client()
-        self.stub.play(answer("Hi"), times=2)
-        texts = [client.chat("Say hello").text for _ in range(3)]
-        self.assertEqual(texts, ["Hi", "Hi", "Hello!"])
+    def test_an_answer_is_a_complete_completion_and_can_be_a_step_but_a_string_cannot(self):
         with self.assertRaises(TypeError):
             self.stub.play("HTTP/1.1 200 OK\r\n\r\n")
-
-    def test_an_answer_is_a_complete_completion(self):
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
         route = {"region": "us-east", "provider": "mistral"}
         for fields, reason in (
@@ -4673,18 +4417,16 @@ class TestStub(Clean):
             with self.subTest(fields=fields):
                 made = answer("Hi", model="m", **route, **fields)
                 self.assertEqual(set(made), set(self.complete()[0]))
-                self.stub.play(made)
-                got = self.client().chat("Hello", route=route)  # another route would be an error
-                self.assertEqual((got.text, got.model, got.finish_reason), ("Hi", "m", reason))
-                self.assertEqual(got.tool_calls, fields.get("tool_calls", []))
+                self.stub.play(made, times=2)
+                for _ in range(2):
+                    got = self.client().chat("Hello", route=route)  # which it must have kept
+                    self.assertEqual((got.text, got.model, got.finish_reason), ("Hi", "m", reason))
+                    self.assertEqual(got.tool_calls, fields.get("tool_calls", []))
 
     def test_scripted_responses_that_were_not_used_are_an_error(self):
-        with self.assertRaises(AssertionError) as caught:
+        with self.assertRaisesRegex(AssertionError, r"\A.*: 2;.*429 Too Many Requests.*\Z"):
             with StubGateway() as stub:
                 stub.play(reply({}, "429 Too Many Requests"), times=2)
-        message = str(caught.exception)
-        self.assertNotIn("\n", message)
-        self.assertRegex(message, ": 2;.*429 Too Many Requests")
         self.assertFalse(stub.thread.is_alive())
         with StubGateway(check_unused=False) as stub:
             stub.play(CUT)
@@ -4692,11 +4434,6 @@ class TestStub(Clean):
             with StubGateway() as stub:
                 stub.play(CUT)
                 raise ZeroDivisionError
-
-    def test_env_has_the_settings_of_a_client(self):
-        with StubGateway("another-key-0123") as stub, mock.patch.dict(os.environ, stub.env):
-            with lowrouter.Client() as client:
-                self.assertEqual(client.chat("Say hello").text, "Hello!")
 
     def test_close_ends_every_wait(self):
         for step in (STALL, Drip(b"x", 60), Wait(threading.Event()), None):
@@ -4731,8 +4468,7 @@ class TestStub(Clean):
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(lowrouter.__file__, os.path.join(folder, "lowrouter.py"))
             shutil.copy(__file__, os.path.join(folder, "gateway_stub.py"))
-            with open(os.path.join(folder, "test_user.py"), "w", encoding="utf-8") as file:
-                file.write(code)
+            pathlib.Path(folder, "test_user.py").write_text(code, encoding="utf-8")
             command = [sys.executable, "-W", "error", "-m", "unittest"]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             done = subprocess.run(command, cwd=folder, timeout=60, **pipes)
@@ -4821,8 +4557,8 @@ class TestChatCommand(Commands):
         for options, streams in (([], True), (["--no-stream"], None)):
             for terminal in (False, True):
                 body = self.run_chat(*options, "Count to 3", out=terminal)
-                self.assertEqual((self.out, self.err), ("1\n2\n3\n", ""))
-                self.assertEqual(body.get("stream"), streams)
+                found = (self.out, self.err, body.get("stream"))
+                self.assertEqual(found, ("1\n2\n3\n", "", streams))
             self.run_chat("--json", *options, "Count to 3", out=True)
             self.assertTrue(self.out.endswith("\n}\n"))
             self.assertEqual(lowrouter.Completion(json.loads(self.out)).text, "1\n2\n3")
@@ -4881,9 +4617,9 @@ class TestChatCommand(Commands):
         options = ["-s", "@" + self.path("system.md", "é"), "-p", "response_format=@" + schema]
         options += ["-p", "user=@" + self.path("notes.txt", "{not JSON"), "-p", 'metadata="@me"']
         body = self.run_chat(*options, "Hello")
-        self.assertEqual(body["messages"][0], {"role": "system", "content": "é"})
         values = [body[name] for name in ("response_format", "user", "metadata")]
         self.assertEqual(values, [response_format, "{not JSON", "@me"])
+        self.assertEqual(body["messages"][0]["content"], "é")
 
     def test_options_override_the_body_of_a_file(self):
         body = {"model": "openai/gpt-4o", "messages": [{"role": "user", "content": "Say hello"}]}
@@ -4906,13 +4642,11 @@ class TestChatCommand(Commands):
             self.run_chat(*options, "Hello", err=terminal)
             self.assert_one_line("openai/gpt-4o-mini", " openai", "eu-west", "32 tokens", "gen_7")
             self.assert_one_line("0.000576 Wh", "0.0000253 g CO2e", "accurate")
-        self.stub.play(answer("Hi", usage={"total_tokens": "many"}, lowrouter={"eco": None}))
-        self.run_chat("-v", "Hello")
-        self.assert_one_line("openai/gpt-4o-mini")
-        self.assertNotRegex(self.err, "tokens|Wh|CO2e|None|null|gen_| via | in ")
-        self.stub.play(answer("Hi", model=None, usage=None, lowrouter=None))
-        self.run_chat("-v", "Hello")
-        self.assert_one_line()
+        for model, usage, block in (("m", {"total_tokens": "many"}, {"eco": None}), [None] * 3):
+            self.stub.play(answer("Hi", model=model, usage=usage, lowrouter=block))
+            self.run_chat("-v", "Hello")
+            self.assert_one_line(model or "")
+            self.assertNotRegex(self.err, "tokens|Wh|CO2e|None|null|gen_| via | in ")
 
     def test_verbose_shows_each_retry_before_its_wait(self):
         self.stub.play(reply({"error": "busy"}, "500 Oh", retry_after="3"))
@@ -4976,8 +4710,7 @@ class TestUsage(Commands):
             *((["batch", *words], gone) for words in ([gone, source], [source, gone])),
             (["batch", source], "OUT"),
             *(([name], word) for name, word in (("generation", "ID"), ("get", "PATH"))),
-            (["generation", ".."],),
-            (["models", "--curl"], "--curl"),
+            *((["generation", ".."],), (["models", "--curl"], "--curl")),
         ):
             with self.subTest(argv=argv):
                 self.assertEqual(self.run_main(*argv), 2)
@@ -5012,21 +4745,18 @@ class TestUsage(Commands):
         refused = {"error": {"message": "no", "code": "c"}}
         later = (408, 409, 429, 500, 501, 502, 503, 504, 529)
         ended = answer("half", finish_reason="error")
+        pins = (["--region=eu-west"], ["-p", 'route={"provider": "openai"}'])
         for status, steps, *options in (
             *((3, [reply(refused, f"{code} No")]) for code in (401, 403)),
             *((4, [reply(refused, f"{code} No")]) for code in (400, 402, 404, 413, 422)),
             *((5, [reply(refused, f"{code} No", retry_after="99")]) for code in later),
-            (6, [reply(refused, "503 No")], "--region", "eu-west"),
-            (6, [reply(refused, "503 No")], "-p", 'route={"provider": "openai"}'),
-            (6, [answer("Hello", region="us-east")], "--region", "eu-west"),
+            *((6, [reply(refused, "503 No")], *pin) for pin in pins),
             (7, [CUT]),
             *((7, [STREAM_HEAD, chunked(each, end=False), CUT]) for each in (b"", b": ping\n\n")),
             (7, [event_stream(delta(""), done=False, end=False), CUT]),
-            (7, [STALL], "--deadline", "0.1"),
-            (7, [STALL], "--timeout", "0.1"),
+            *((7, [STALL], name, "0.1") for name in ("--deadline", "--timeout")),
             (8, [event_stream(delta("half"), done=False, end=False), CUT]),
-            (8, [ended]),
-            (8, [ended], "--no-stream"),
+            *((8, [ended], *words) for words in ([], ["--no-stream"])),
             (1, [reply("<html>", content_type="text/html")]),
             # An error that the gateway reports is not a failure of the network.
             (1, [event_stream({"error": {"message": "overloaded"}})]),
@@ -5156,7 +4886,8 @@ class TestStandardStreams(Commands):
             ('"$@" 2>/dev/full', ["get", "no/such"], 4, "", ""),
             ('"$@" 2>/dev/full', batch, 9, "", ""),
         )
-        for process, row in [(self.start(*row[1], shell=row[0]), row) for row in table]:
+        settings = {"stdin": subprocess.DEVNULL}  # an open pipe is reported after two seconds
+        for process, row in [(self.start(*row[1], shell=row[0], **settings), row) for row in table]:
             script, argv, status, out, fact = row
             with self.subTest(script=script, argv=argv):
                 self.assertEqual((self.finish(process), self.out.lower()), (status, out.lower()))
@@ -5165,7 +4896,7 @@ class TestStandardStreams(Commands):
 
     @unittest.skipUnless(sys.platform == "linux", "names of files are bytes on Linux")
     def test_text_is_utf8_and_a_file_may_have_any_name_whatever_the_locale(self):
-        for name, locale in (("é in", {}), ("é in", NO_UTF8), ("\udcff", {}), ("\udcff", NO_UTF8)):
+        for name, locale in itertools.product(("é in", "\udcff"), ({}, NO_UTF8)):
             with self.subTest(name=name, locale=locale):
                 source = self.path(name, '{"messages": [{"role": "user", "content": "Hi"}]}\n')
                 environment = {**os.environ, **locale, "PYTHONIOENCODING": "ascii"}
@@ -5284,11 +5015,9 @@ class TestBatch(BatchCase):
 
     def test_a_line_with_an_error_in_out_is_sent_again(self):
         self.numbered(3)
-        body = {"error": {"code": "c", "message": "no"}}
-        refused = {"status_code": 400, "request_id": None, "body": body}
-        lines = [{"custom_id": "id-0", "response": refused, **body}]  # as 1.0.0 wrote them
-        lines.append({"custom_id": "id-1", "response": None, **body})
-        self.path("out.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        line = '{"custom_id": "id-%d", "response": %s, "error": {"code": "c", "message": "no"}}\n'
+        refused = line % (0, '{"status_code": 400, "body": {}}')  # as 1.0.0 wrote it
+        self.path("out.jsonl", refused + line % (1, "null"))
         for _ in range(2):
             self.batch(0)
             self.assertEqual(self.ids(), ["id-0", "id-0", "id-1", "id-1", "id-2"])
@@ -5309,14 +5038,14 @@ class TestBatch(BatchCase):
 
     def test_a_file_that_batch_did_not_write_is_refused_and_not_changed(self):
         self.numbered(3)
-        ours = '{"custom_id": "id-0", "response": {"body": {}}, "error": null}\n'
+        record = '{"custom_id": %s, "response": %s, "error": null}\n'
+        ours = record % ('"id-0"', '{"body": {}}')
         lines = ["notes\n", '{"a": 1}\n', '{"custom_id": "x"}\n', '{"custom_id": "x\n']
-        for custom_id, response in (("x", None), (["x"], {"body": {}}), ("x", {"body": []})):
-            record = {"custom_id": custom_id, "response": response, "error": None}
-            lines.append(json.dumps(record) + "\n")
+        lines += [record % ('"x"', response) for response in ("null", '{"body": []}')]
+        lines.append(record % ('["x"]', '{"body": {}}'))
         texts = ["notes", "notes\n" + ours[:-9], *lines, *(ours + line for line in lines)]
-        cases = list(itertools.product(("out.jsonl", "out.jsonl.errors"), texts))
-        for name, text in [*cases, ("out.jsonl.errors", ours)]:
+        cases = itertools.product(("out.jsonl", "out.jsonl.errors"), texts)
+        for name, text in (*cases, ("out.jsonl.errors", ours)):
             with self.subTest(name=name, text=text):
                 self.start_over()
                 self.path(name, text)
@@ -5348,8 +5077,8 @@ class TestBatch(BatchCase):
     def test_a_second_run_on_the_same_out_is_refused_and_changes_nothing(self):
         third = threading.Event()
         go = threading.Event()
-        for step in (answer("x"), reply({"error": "no"}, "404 No")):
-            self.stub.play(step)
+        self.stub.play(answer("x"))
+        self.stub.play(reply({"error": "no"}, "404 No"))
         self.stub.play(lambda sock: third.set(), Wait(go), answer("x"))
         process = self.start_batch(3)
         self.assertTrue(third.wait(10))
@@ -5366,8 +5095,8 @@ class TestBatch(BatchCase):
         good = self.job("a")
         bare = good["body"]
         bad_bodies = {"route": {"route": "eu-west"}, "region": {"route": {"Region": "eu-west"}}}
-        bad_bodies.update(api_key={"api_key": "x"}, JSON={"top_p": float("nan")})
-        bad_bodies["messages"] = {"messages": ["a"]}
+        bad_bodies.update(messages={"messages": ["a"]}, api_key={"api_key": "x"})
+        bad_bodies["JSON"] = {"top_p": float("nan")}
         for jobs, pattern in (
             ([good, '{"messages": [],, }', bare], r"line 2 .*(column|char) 1[0-9]"),
             ([good, bare, good], r"line 3 .*line 1\b"),
@@ -5387,13 +5116,6 @@ class TestBatch(BatchCase):
         self.batch(2)
         self.assertEqual((set(self.files()), self.stub.requests), ({"in.jsonl"}, []))
 
-    def test_the_shards_together_are_the_whole(self):
-        self.numbered(10)
-        for shard in ("1/3", "2/3", "3/3"):
-            self.batch(0, "--shard", shard)
-            os.remove(self.path("out.jsonl"))
-        self.assertEqual(sorted(self.prompts()), [f"id-{number}" for number in range(10)])
-
     def test_progress_is_a_bar_on_a_terminal_and_nothing_elsewhere(self):
         self.numbered(10)
         table = [(20, "xterm", True), (80, "xterm", True), (80, "xterm", False), (80, "dumb", True)]
@@ -5409,27 +5131,24 @@ class TestBatch(BatchCase):
             self.assertLessEqual(max(map(len, bars), default=0), columns)
 
     def test_the_totals_are_those_of_all_answers_in_out(self):
-        names = ("tokens", "Wh", "g CO2e", "cut")
+        names = ("tokens", "Wh", "g CO2e", "cut", "failed")
         jobs = [self.job(str(limit), "Count to 99", max_tokens=limit) for limit in (1, 2, 99)]
         jobs.append(self.job("no eco numbers", model="deepinfra/preview-1"))
-        self.jobs(*jobs)
+        self.jobs(self.job("infinite"), *jobs)
+        self.stub.play(answer("x", usage={"total_tokens": 1e400}))
         self.batch(0)
-        answers = [lowrouter.Completion(each["response"]["body"]) for each in self.results()]
+        answers = [lowrouter.Completion(each["response"]["body"]) for each in self.results()[1:]]
         totals = [self.total(name) for name in names]
-        self.assertEqual(totals[0], sum(each.usage["total_tokens"] for each in answers))
-        self.assertAlmostEqual(totals[1], sum(each.eco["energy_wh"] for each in answers[:3]))
-        others = [totals[3], self.total("skipped"), self.total("failed")]
-        self.assertEqual([totals[2] > 0, *others], [True, 2, 0, 0])
+        tokens, energy, carbon, *others = totals
+        self.assertEqual(tokens, sum(each.usage["total_tokens"] for each in answers))
+        self.assertAlmostEqual(energy, sum(each.eco["energy_wh"] for each in answers[:3]))
+        self.assertEqual([carbon > 0, *others, self.total("skipped")], [True, 2, 0, 0])
         self.start_over()
         for part in (jobs[:2], jobs[1:]):
             self.jobs(*part)
             self.batch(0)
         self.assertEqual([self.total(name) for name in names], totals)
         self.assertEqual((self.total("skipped"), self.total("not in")), (1, 1))
-        self.stub.play(answer("x", usage={"total_tokens": 1e400}))  # infinite
-        self.numbered(1)
-        self.batch(0)
-        self.assertEqual(self.total("tokens"), totals[0])
 
 
 class TestBatchFailures(BatchCase):
@@ -5497,11 +5216,11 @@ class TestBatchFailures(BatchCase):
 
     def test_a_gateway_that_cannot_be_reached_stops_the_batch(self):
         self.numbered(20)
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        self.stub.close()
         with Peer(tunnels(None, reply("", "502 No"))) as proxy, Peer(never_answers) as silent:
             no_tls = f"https://127.0.0.1:{silent.port}"
-            for url, https_proxy in ((nobody, ""), (no_tls, ""), ("https://a.test", proxy.url)):
+            table = [(self.stub.url, ""), (no_tls, ""), ("https://a.test", proxy.url)]
+            for url, https_proxy in table:
                 with self.subTest(url=url):
                     os.environ.update(LOWROUTER_BASE_URL=url, HTTPS_PROXY=https_proxy)
                     self.batch(9, "--deadline", "0.3")
@@ -5916,7 +5635,7 @@ class TestRunner(Clean):
                 self.assertEqual((got, output.splitlines()[-1]), (status, totals), errors)
 
     def test_an_unknown_word_gets_the_usage_and_a_suggestion(self):
-        known = "TestStub.test_an_id_is_percent_decoded"
+        known = next(name for name in list_test_names() if name.startswith("TestStub.test"))
         for word, suggestion in (
             ("srve", "serve"),
             ("TestSTub", "TestStub"),
