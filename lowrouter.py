@@ -64,7 +64,7 @@ _MODEL = "lowrouter/auto"  # the gateway's default route [docs]
 _TIMEOUT = 600.0  # seconds; an answer that is not streamed can be silent for minutes
 _CONNECT_SECONDS = 10.0  # for TCP, CONNECT and TLS together; a live host needs a fraction of it
 _ERROR_BODY_SECONDS = 5.0  # the status of an error says more than its body
-_DRAIN_SECONDS = 0.05  # wait for the end of the body after [DONE]; a new connection costs as much
+_DRAIN_SECONDS = 0.05  # to wait for EOF after [DONE]; a longer wait costs more than reconnecting
 _IDLE_SECONDS = 30.0  # load balancers drop idle connections after 60 s or more
 _KEEPALIVE_SECONDS = 60  # NAT gateways forget a silent connection after 240 s or more
 _LONGEST_WAIT = 1e6  # seconds (11 days), also for "no limit"; poll() takes 2**31 ms at most
@@ -235,7 +235,7 @@ class LowRouterError(Exception):
     retry_after: float | None = None
     #: Whether a retry may help. False if the answer may have been billed and lost.
     retryable: bool = False
-    #: Of a 503: whether the route was pinned, which makes it final [docs].
+    #: True for a 503 with a pinned route: retrying will not help [docs].
     pinned: bool = False
     #: Of a network failure: "connect", "response" (sending included), "idle" or "deadline".
     phase: str | None = None
@@ -559,7 +559,9 @@ def _seconds(name: str, value: Any, above: float = -float("inf")) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if above < value < float("inf"):
             return float(max(-_LONGEST_WAIT, min(value, _LONGEST_WAIT)))
-    hint = "a finite number of seconds (a timeout more than 0)"
+    hint = "a finite number of seconds"
+    if above == 0:
+        hint += " that is more than 0"
     raise ConfigError(f"{name} must be {hint}, not {value!r}")
 
 
@@ -749,7 +751,7 @@ class _Clock:
         """Begin "connect", "send", "response", "idle" or "error body", with a limit of its own."""
         self.phase = phase
         self.limit = limit
-        self.phase_end: float | None = None  # set by the first wait: the caller may take its time
+        self.phase_end: float | None = None  # begins with the first wait, not in the caller
 
     def seconds_left(self) -> float:
         """The seconds that the next wait may take. When none are left, it raises a time-out."""
@@ -1001,7 +1003,7 @@ class _Handler(urllib.request.BaseHandler):
             try:
                 return self.exchange(request, sock)
             except (ConnectionError, ssl.SSLError):
-                # The server had closed it. A new one takes its place if nothing can be billed.
+                # The server had closed it: reconnect if that cannot be billed twice.
                 if sock.received_any or not request.is_safe_to_repeat():
                     raise
         return self.exchange(request, self.connect(request.clock))
@@ -1072,7 +1074,7 @@ class _Call(urllib.request.Request):
         return head + bytes(self.data)  # type: ignore[arg-type]
 
     def is_safe_to_repeat(self) -> bool:
-        """Whether the gateway cannot have answered the request, and billed it."""
+        """Whether sending the request once more cannot cause a second charge."""
         return self.get_method() == "GET" or not self.was_sent
 
     def run(
@@ -1219,8 +1221,10 @@ class _Call(urllib.request.Request):
             actual = getattr(answer, name) or ""
             is_kept = actual.lower() == str(pin).strip().lower()
             if self.verifies_pins and not is_kept and (actual or is_complete):
-                what = f"answered from {name} {actual or '(not named)'}, but {pin} was pinned"
-                advice = "verify_route=False (--no-verify-route) accepts that"
+                what = f"answered from {name} {actual}, but {pin} was pinned"
+                if not actual:
+                    what = f"named no {name} in its answer, but {pin} was pinned"
+                advice = "verify_route=False or --no-verify-route accepts that"
                 raise RouteMismatchError(what, completion=answer, advice=advice)
 
     def public_error(
@@ -1262,7 +1266,8 @@ class _Call(urllib.request.Request):
         phase = self.clock.phase
         is_safe = self.is_safe_to_repeat()
         billed = "" if is_safe else _NOT_RETRIED
-        if isinstance(cause, socket.timeout) and not cause.errno:  # with one, the peer is dead
+        # With an errno, it was the kernel that gave up.
+        if isinstance(cause, socket.timeout) and not cause.errno:
             if not self.clock.has_time_for(0.0):
                 phase = "deadline"
             happened, advice = _TIMEOUTS[phase]
@@ -1349,7 +1354,11 @@ def _events(lines: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
 # ---- streams: events -> chunks -> completion -----------------------------------------------------
 # Chunks are merged as they arrive. The completion is built when somebody looks at it.
 
-_PARTIAL_FIELDS = ("choices", "usage", "lowrouter")  # what an error event says of the answer
+_PARTIAL_FIELDS = (
+    "choices",
+    "usage",
+    "lowrouter",
+)  # these belong to the answer, also in an error event
 #: Texts that arrive in pieces. Other strings, such as ids and names, arrive whole.
 _TEXT_FIELDS = frozenset(
     "content reasoning reasoning_content thinking refusal arguments input data transcript".split()
@@ -1426,7 +1435,7 @@ def _find_tool_call(calls: list[Json], piece: Json) -> Json:
 
 
 def _merge(target: Json, piece: Json, depth: int = _MAX_DEPTH) -> None:
-    """Add a delta: texts, lists and objects grow; of other values the last one counts."""
+    """Add a delta: texts, lists and objects grow; for other values, the last one wins."""
     for name, value in piece.items():
         before = target.get(name)
         if not value:
@@ -1753,7 +1762,8 @@ class Client:
     timeout: seconds for connecting (10 at most), for the response to begin, and for each silence
         in it; in a stream, between two events.
     deadline: seconds for a whole call with its retries; None for no limit.
-    max_retries: how often a request is sent again where that cannot be billed twice.
+    max_retries: how often a failed request is sent again, unless its answer may have been billed
+        and lost.
     on_retry: called as on_retry(error, seconds) before each wait. The time that it takes counts
         as part of the wait. What it raises ends the call.
     headers: more headers for every request.
@@ -2037,7 +2047,7 @@ def generation(generation_id: str, wait: float = 0.0) -> dict[str, Any]:
 __all__ += ["main"]
 
 _STDIN_NOTICE_SECONDS = 2.0  # by then, a pipe that has data would have begun to send it
-_SHUTDOWN_SECONDS = 4.0  # that the requests of a batch have to finish after Ctrl-C
+_SHUTDOWN_SECONDS = 4.0  # grace period for the requests that are under way at Ctrl-C
 _RESUME = "run the same command again to resume"
 _CUT_OFF = "cut off by their token limit"
 
@@ -2592,7 +2602,7 @@ def _batch(args: Any) -> int:
         _lock(out)
         answered, size, end = _read_answers(out, totals)
         out.truncate(size)
-        if end not in (b"", b"\n"):  # the last line is complete but for its end
+        if end not in (b"", b"\n"):  # the last line lacks only its newline
             os.write(out.fileno(), b"\n")
         with contextlib.suppress(FileNotFoundError):
             os.remove(failures)
