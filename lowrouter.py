@@ -1354,11 +1354,7 @@ def _events(lines: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
 # ---- streams: events -> chunks -> completion -----------------------------------------------------
 # Chunks are merged as they arrive. The completion is built when somebody looks at it.
 
-_PARTIAL_FIELDS = (
-    "choices",
-    "usage",
-    "lowrouter",
-)  # these belong to the answer, also in an error event
+_PARTIAL_FIELDS = ("choices", "usage", "lowrouter")  # of the answer, also in an error event
 #: Texts that arrive in pieces. Other strings, such as ids and names, arrive whole.
 _TEXT_FIELDS = frozenset(
     "content reasoning reasoning_content thinking refusal arguments input data transcript".split()
