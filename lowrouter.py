@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 The lowrouter authors
+# From the lowrouter project. To update, replace this file, and read the changelog in the README.
 """A client for the LowRouter gateway in one file. A call returns a complete answer or raises.
 
     print(lowrouter.chat("In one sentence, what is a vector database?").text)
