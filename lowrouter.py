@@ -1267,22 +1267,22 @@ class _Call(urllib.request.Request):
         phase = self.clock.phase
         is_safe = self.is_safe_to_repeat()
         billed = "" if is_safe else _NOT_RETRIED
+        kind: type[LowRouterError] = APIConnectionError
         # With an errno, it was the kernel that gave up.
         if isinstance(cause, socket.timeout) and not cause.errno:
+            kind = APITimeoutError
             if not self.clock.has_time_for(0.0):
                 phase = "deadline"
             happened, advice = _TIMEOUTS[phase]
             advice = f"{advice}; {billed}".rstrip("; ")
-            public_phase = phase.replace("send", "response")
-            return APITimeoutError(happened, advice=advice, phase=public_phase, retryable=is_safe)
-        happened = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
-        if phase == "idle":
-            kind = StreamError if is_stream else BadResponseError
-            return kind(happened, advice=billed, retryable=is_safe)
-        if phase == "connect":
-            billed = _CHECK_NETWORK
-        public_phase = phase.replace("send", "response")
-        return APIConnectionError(happened, advice=billed, phase=public_phase, retryable=is_safe)
+        else:
+            happened = f"{_LOST[phase]}: {str(cause) or type(cause).__name__}"
+            advice = _CHECK_NETWORK if phase == "connect" else billed
+            if phase == "idle":
+                kind = StreamError if is_stream else BadResponseError
+                return kind(happened, advice=advice, retryable=is_safe)
+        phase = phase.replace("send", "response")  # users need not tell these two apart
+        return kind(happened, advice=advice, phase=phase, retryable=is_safe)
 
 
 # ---- server-sent events: blocks -> lines -> events -----------------------------------------------
@@ -1353,7 +1353,7 @@ def _events(lines: Iterable[bytes]) -> Iterator[tuple[str | None, str]]:
 
 
 # ---- streams: events -> chunks -> completion -----------------------------------------------------
-# Chunks are merged as they arrive. The completion is built when somebody looks at it.
+# Chunks are merged as they arrive. The completion is built only when it is requested.
 
 _PARTIAL_FIELDS = ("choices", "usage", "lowrouter")  # of the answer, also in an error event
 #: Texts that arrive in pieces. Other strings, such as ids and names, arrive whole.
